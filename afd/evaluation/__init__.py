@@ -1,0 +1,1 @@
+"""Measures of finished videos against a known truth, and their report."""

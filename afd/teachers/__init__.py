@@ -1,0 +1,1 @@
+"""What a teacher is, and the teachers: each maps (prompt, seed) to a finished video and nothing else."""

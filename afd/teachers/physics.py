@@ -1,0 +1,134 @@
+"""The built-in teacher: a procedural black-box world of balls under gravity that returns finished videos only.
+
+Its true physics is known, so "did the student learn physics" is measured exactly (afd/evaluation/physics.py).
+Leaves out the parts: words and scenes (physics_scene), motion (physics_simulation), pixels (physics_render).
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+
+from afd.teachers.base import FinishedVideo
+from afd.teachers.physics_render import render
+from afd.teachers.physics_scene import (
+    COLOURS,
+    RADII,
+    Ball,
+    InitialState,
+    PhysicsConstants,
+    draw_initial_state,
+    heldout_prompts,
+    parse_prompt,
+    prompt_vocabulary,
+    training_prompts,
+)
+from afd.teachers.physics_simulation import Impact, Motion, integrate
+
+__all__ = [
+    "COLOURS",
+    "RADII",
+    "Ball",
+    "Impact",
+    "InitialState",
+    "Motion",
+    "PhysicsConstants",
+    "PhysicsTeacher",
+    "Scene",
+    "heldout_prompts",
+    "parse_prompt",
+    "prompt_vocabulary",
+    "render",
+    "render_scene",
+    "simulate",
+    "simulate_batch",
+    "training_prompts",
+]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The truth behind one clip: what the prompt says (`balls`) and how they moved (`motion`)."""
+
+    balls: tuple[Ball, ...]
+    motion: Motion
+
+
+def simulate(prompt: str, seed: int, constants: PhysicsConstants) -> Scene:
+    """Draw what the prompt leaves open from the seed and follow the balls.
+
+    Raises:
+        ValueError: the prompt is not a sentence of this world.
+    """
+    balls = parse_prompt(prompt)
+    return Scene(balls, integrate(draw_initial_state(balls, seed, prompt), constants))
+
+
+def render_scene(scene: Scene, constants: PhysicsConstants, *, seed: int = 0) -> np.ndarray:
+    """Draw a scene: [T, height, width, 3] uint8."""
+    colours = [ball.colour for ball in scene.balls]
+    return render(scene.motion.position, scene.motion.radius, colours, constants, seed=seed)
+
+
+def simulate_batch(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    constants: PhysicsConstants,
+    *,
+    gravities: Iterable[float] | None = None,
+) -> np.ndarray:
+    """Simulate and draw many clips, each with its own gravity if `gravities` is given.
+
+    Returns:
+        [N, T, height, width, 3] uint8.
+    Raises:
+        ValueError: the lengths disagree, or a prompt is not a sentence of this world.
+    """
+    pulls = [constants.gravity] * len(prompts) if gravities is None else list(gravities)
+    if not len(prompts) == len(seeds) == len(pulls):
+        raise ValueError(
+            f"prompts, seeds and gravities must have one length, got {len(prompts)}, {len(seeds)}, {len(pulls)}"
+        )
+    frames = np.empty((len(prompts), constants.num_frames, constants.height, constants.width, 3), dtype=np.uint8)
+    for i, (prompt, seed, pull) in enumerate(zip(prompts, seeds, pulls, strict=True)):
+        frames[i] = render_scene(simulate(prompt, seed, replace(constants, gravity=float(pull))), constants, seed=seed)
+    return frames
+
+
+class PhysicsTeacher:
+    """A black box: `generate(prompt, seed)` returns a finished H.264 video and nothing else."""
+
+    def __init__(self, constants: PhysicsConstants | None = None) -> None:
+        self._constants = constants or PhysicsConstants()
+        self._name = hashlib.sha256(repr(astuple(self._constants)).encode()).hexdigest()[:8]
+
+    def generate(self, prompt: str, seed: int) -> FinishedVideo:
+        """Simulate, draw and encode one clip; the same (prompt, seed) gives the same frames.
+
+        Raises:
+            ValueError: the prompt is not a sentence of this world.
+        """
+        frames = render_scene(simulate(prompt, seed, self._constants), self._constants, seed=seed)
+        source = hashlib.sha256(f"{prompt}\n{seed}".encode()).hexdigest()[:16]
+        mp4 = _encode_mp4(frames, fps=self._constants.fps, crf=self._constants.crf)
+        return FinishedVideo(prompt, seed, mp4, f"physics-{self._name}-{source}")
+
+
+def _encode_mp4(frames: np.ndarray, *, fps: int, crf: int) -> bytes:
+    """Encode [T, H, W, 3] uint8 as an H.264 mp4 in memory."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        stream.options = {"crf": str(crf), "preset": "medium"}
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()

@@ -1,0 +1,240 @@
+"""Words and scenes of the built-in world: constants, prompt grammar, prompt sets, initial conditions.
+
+A prompt fixes colour, size, kind of motion and a band of speeds and heights; the seed draws the rest (start position,
+exact speed, exact angle, exact radius). Leaves out how balls move (physics_simulation) and look (physics_render).
+"""
+
+import re
+import zlib
+from dataclasses import dataclass
+from itertools import permutations, product
+
+import numpy as np
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.92, 0.14, 0.12),
+    "green": (0.14, 0.80, 0.18),
+    "blue": (0.18, 0.32, 1.00),
+    "yellow": (0.96, 0.86, 0.10),
+    "purple": (0.85, 0.20, 0.90),
+    "cyan": (0.10, 0.85, 0.92),
+}
+"""RGB in [0, 1] of a fully lit ball."""
+
+RADII: dict[str, tuple[float, float]] = {"small": (0.09, 0.10), "large": (0.13, 0.14)}
+"""Band of radii, in box widths."""
+
+THROW_SPEEDS: dict[str, tuple[float, float]] = {"low": (0.28, 0.40), "medium": (0.50, 0.65), "high": (0.80, 1.00)}
+"""Band of launch speeds of a thrown ball, in boxes per second."""
+
+TOSS_SPEEDS: dict[str, tuple[float, float]] = {"low": (0.50, 0.62), "medium": (0.72, 0.84), "high": (0.94, 1.06)}
+"""Band of launch speeds of a ball tossed up, in boxes per second."""
+
+MOTIONS = ("dropped", "thrown left", "thrown right", "tossed up")
+HEIGHTS = ("high up", "halfway")
+_START_HEIGHT = {"dropped": (0.02, 0.30), "thrown": (0.20, 0.45), "high up": (0.02, 0.12), "halfway": (0.38, 0.48)}
+_MARGIN = 0.02
+_HELDOUT_SHARE = 0.25
+_SPLIT_SEED = 20260521
+_BALL = re.compile(
+    r"an? (?P<size>small|large) (?P<colour>" + "|".join(COLOURS) + r") ball is "
+    r"(?:(?P<dropped>dropped)|thrown (?:to the )?(?P<side>left|right)|tossed (?P<up>up))"
+    r"(?: at (?P<speed>low|medium|high) speed)?(?: from (?P<height>high up|halfway))?"
+)
+
+
+@dataclass(frozen=True)
+class PhysicsConstants:
+    """Everything about the world that a prompt does not say. Lengths in box widths, y down, no air drag.
+
+    Args:
+        gravity: downward acceleration, boxes / s^2; any sign.
+        restitution: speed kept by the normal motion at a wall, the floor or the ceiling, in [0, 1].
+        ball_restitution: the same between two balls.
+        duration_s: length of a clip; `round(duration_s * fps)` frames, the first at time 0.
+        fps: frames per second. The default is a multiple of the student's 10, so that resampling by time stamps
+            picks exact instants; at 24 it adds a jitter of up to 1/48 s.
+        height: rows of a frame.
+        width: columns of a frame.
+        supersample: samples per pixel and axis.
+        soft_edge: width of the ball's edge, in box widths; 0 is a hard disc.
+        shading: light the ball from the upper left, with a small highlight.
+        noise: standard deviation of the sensor noise, in [0, 1] units of intensity.
+        background: grey level of the background, in [0, 1].
+        crf: H.264 constant rate factor of the finished video.
+    """
+
+    gravity: float = 1.0
+    restitution: float = 0.8
+    ball_restitution: float = 0.9
+    duration_s: float = 1.5
+    fps: int = 30
+    height: int = 64
+    width: int = 64
+    supersample: int = 4
+    soft_edge: float = 0.01
+    shading: bool = True
+    noise: float = 0.005
+    background: float = 0.08
+    crf: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("restitution", "ball_restitution", "background"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("duration_s", "fps", "height", "width", "supersample"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("soft_edge", "noise", "crf"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip."""
+        return max(1, round(self.duration_s * self.fps))
+
+
+@dataclass(frozen=True)
+class Ball:
+    """What the prompt says about one ball; `speed` and `height` are None where the prompt is silent."""
+
+    size: str
+    colour: str
+    motion: str
+    speed: str | None = None
+    height: str | None = None
+
+    @property
+    def phrase(self) -> str:
+        """The ball's part of a prompt."""
+        motion = self.motion.replace("thrown ", "thrown to the ")
+        speed = f" at {self.speed} speed" if self.speed else ""
+        height = f" from {self.height}" if self.height else ""
+        return f"a {self.size} {self.colour} ball is {motion}{speed}{height}"
+
+
+@dataclass(frozen=True)
+class InitialState:
+    """Drawn start of a scene: position, velocity [num_balls, 2] float64 (x, y) and radius [num_balls] float64."""
+
+    position: np.ndarray
+    velocity: np.ndarray
+    radius: np.ndarray
+
+
+def parse_prompt(prompt: str) -> tuple[Ball, ...]:
+    """Read the one or two balls of a prompt.
+
+    Raises:
+        ValueError: the prompt is not a sentence of this world, or names one colour twice.
+    """
+    phrases = prompt.strip().lower().split(" while ")
+    matches = [_BALL.fullmatch(phrase) for phrase in phrases]
+    if len(phrases) > 2 or any(match is None for match in matches):
+        raise ValueError(
+            "prompt must read like 'a small red ball is thrown to the left at high speed' or join two such "
+            f"phrases with 'while', got {prompt!r}"
+        )
+    balls = []
+    for match in matches:
+        assert match is not None
+        motion = "dropped" if match["dropped"] else "tossed up" if match["up"] else f"thrown {match['side']}"
+        balls.append(Ball(match["size"], match["colour"], motion, match["speed"], match["height"]))
+    if len({ball.colour for ball in balls}) != len(balls):
+        raise ValueError(f"prompt must give each ball its own colour, got {prompt!r}")
+    return tuple(balls)
+
+
+def prompt_vocabulary() -> tuple[str, ...]:
+    """All words of all prompts, sorted."""
+    ones, twos = _all_prompts()
+    return tuple(sorted({word for prompt in (*ones, *twos) for word in prompt.split()}))
+
+
+def _all_prompts() -> tuple[list[str], list[str]]:
+    """Every sentence with one ball and every sentence with two, in a fixed order."""
+    ones, twos = [], []
+    for size, colour, motion in product(RADII, COLOURS, MOTIONS):
+        speeds = (None,) if motion == "dropped" else tuple(THROW_SPEEDS)
+        heights = (None,) if motion == "tossed up" else (None, *HEIGHTS)
+        ones += [Ball(size, colour, motion, speed, height).phrase for speed, height in product(speeds, heights)]
+    for (first, second), sizes, motions in product(
+        permutations(COLOURS, 2), product(RADII, repeat=2), product(MOTIONS, repeat=2)
+    ):
+        left, right = (Ball(sizes[i], (first, second)[i], motions[i]).phrase for i in range(2))
+        twos.append(f"{left} while {right}".replace("to the ", ""))
+    return ones, twos
+
+
+def _prompt_set(n: int, *, heldout: bool) -> list[str]:
+    """The first n prompts of one side of the fixed split, every fifth with two balls."""
+    rng = np.random.Generator(np.random.PCG64(_SPLIT_SEED))
+    sides = []
+    for prompts in _all_prompts():
+        order = rng.permutation(len(prompts))
+        cut = round(_HELDOUT_SHARE * len(prompts))
+        sides.append([prompts[i] for i in (order[:cut] if heldout else order[cut:])])
+    ones, twos = sides
+    if not 0 <= n <= len(ones) + len(twos):
+        raise ValueError(f"n must be in [0, {len(ones) + len(twos)}], got {n}")
+    chosen: list[str] = []
+    queue_one, queue_two = iter(ones), iter(twos)
+    while len(chosen) < n:
+        first, second = (queue_two, queue_one) if len(chosen) % 5 == 4 else (queue_one, queue_two)
+        chosen.append(next(first, None) or next(second))
+    return chosen
+
+
+def training_prompts(n: int) -> list[str]:
+    """The first n training prompts, 80 % with one ball (until those run out): always the same, all distinct.
+
+    Raises:
+        ValueError: n is negative or larger than the set.
+    """
+    return _prompt_set(n, heldout=False)
+
+
+def heldout_prompts(n: int) -> list[str]:
+    """The first n prompts that are never in `training_prompts`: new combinations of the same words.
+
+    Raises:
+        ValueError: n is negative or larger than the set.
+    """
+    return _prompt_set(n, heldout=True)
+
+
+def draw_initial_state(balls: tuple[Ball, ...], seed: int, prompt: str) -> InitialState:
+    """Draw what the prompt leaves open; depends on (prompt, seed) alone, not on the world's constants."""
+    rng = np.random.Generator(np.random.PCG64([seed % 2**64, zlib.crc32(prompt.encode())]))
+    for _ in range(1000):
+        draws = [_draw_ball(ball, rng) for ball in balls]
+        position = np.array([draw[0] for draw in draws])  # [num_balls, 2]
+        radius = np.array([draw[2] for draw in draws])
+        if len(balls) == 1 or np.hypot(*(position[0] - position[1])) > radius.sum() + _MARGIN:
+            return InitialState(position, np.array([draw[1] for draw in draws]), radius)
+    raise AssertionError(f"no room for the balls of {prompt!r}")
+
+
+def _draw_ball(ball: Ball, rng: np.random.Generator) -> tuple[tuple[float, float], tuple[float, float], float]:
+    """Position, velocity and radius of one ball."""
+    radius = rng.uniform(*RADII[ball.size])
+    u, v, w = rng.uniform(size=3)
+    if ball.motion == "tossed up":
+        low, high = TOSS_SPEEDS[ball.speed or "medium"]
+        speed, lean = low + (high - low) * u, np.radians(12.0 * (2 * v - 1))
+        top, bottom = 0.62, 1 - radius - _MARGIN
+        velocity = (speed * np.sin(lean), -speed * np.cos(lean))
+    elif ball.motion == "dropped":
+        velocity = (0.06 * (2 * u - 1), 0.0)
+        top, bottom = (radius + offset for offset in _START_HEIGHT[ball.height or "dropped"])
+    else:
+        low, high = THROW_SPEEDS[ball.speed or "medium"]
+        speed, angle = low + (high - low) * u, np.radians(-10.0 + 45.0 * v)
+        side = -1.0 if ball.motion == "thrown left" else 1.0
+        velocity = (side * speed * np.cos(angle), -speed * np.sin(angle))
+        top, bottom = (radius + offset for offset in _START_HEIGHT[ball.height or "thrown"])
+    left, right = radius + _MARGIN, 1 - radius - _MARGIN
+    if ball.motion.startswith("thrown"):
+        left, right = (left, 0.35) if ball.motion == "thrown right" else (0.65, right)
+    return (float(left + (right - left) * w), float(rng.uniform(top, bottom))), velocity, float(radius)
