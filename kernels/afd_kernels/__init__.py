@@ -1,0 +1,20 @@
+"""Fused operations of the training step; each public function has an eager reference and a Triton implementation.
+
+`impl=None` picks by device: CUDA runs Triton, everything else the reference. Importing this package imports no triton.
+"""
+
+from afd_kernels.adaln import adaln_modulate, gated_residual
+from afd_kernels.nft_loss import nft_loss
+from afd_kernels.noising import PhiloxNoise, add_noise_and_target, philox_normal
+from afd_kernels.rope_qk_norm import rope_3d_table, rope_qk_norm
+
+__all__ = [
+    "PhiloxNoise",
+    "adaln_modulate",
+    "add_noise_and_target",
+    "gated_residual",
+    "nft_loss",
+    "philox_normal",
+    "rope_3d_table",
+    "rope_qk_norm",
+]
