@@ -1,0 +1,1 @@
+"""Training: engines, averages, checkpoints, the two updates and the loop around them."""
