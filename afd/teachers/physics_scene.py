@@ -32,7 +32,13 @@ TOSS_SPEEDS: dict[str, tuple[float, float]] = {"low": (0.50, 0.62), "medium": (0
 
 MOTIONS = ("dropped", "thrown left", "thrown right", "tossed up")
 HEIGHTS = ("high up", "halfway")
-_START_HEIGHT = {"dropped": (0.02, 0.30), "thrown": (0.20, 0.45), "high up": (0.02, 0.12), "halfway": (0.38, 0.48)}
+_START_HEIGHT = {
+    "dropped": (0.02, 0.30),
+    "thrown": (0.20, 0.45),
+    "crowded": (0.02, 0.55),
+    "high up": (0.02, 0.12),
+    "halfway": (0.38, 0.48),
+}
 _MARGIN = 0.02
 _HELDOUT_SHARE = 0.25
 _SPLIT_SEED = 20260521
@@ -208,7 +214,7 @@ def draw_initial_state(balls: tuple[Ball, ...], seed: int, prompt: str) -> Initi
     """Draw what the prompt leaves open; depends on (prompt, seed) alone, not on the world's constants."""
     rng = np.random.Generator(np.random.PCG64([seed % 2**64, zlib.crc32(prompt.encode())]))
     for _ in range(1000):
-        draws = [_draw_ball(ball, rng) for ball in balls]
+        draws = [_draw_ball(ball, rng, crowded=len(balls) > 1) for ball in balls]
         position = np.array([draw[0] for draw in draws])  # [num_balls, 2]
         radius = np.array([draw[2] for draw in draws])
         if len(balls) == 1 or np.hypot(*(position[0] - position[1])) > radius.sum() + _MARGIN:
@@ -216,8 +222,10 @@ def draw_initial_state(balls: tuple[Ball, ...], seed: int, prompt: str) -> Initi
     raise AssertionError(f"no room for the balls of {prompt!r}")
 
 
-def _draw_ball(ball: Ball, rng: np.random.Generator) -> tuple[tuple[float, float], tuple[float, float], float]:
-    """Position, velocity and radius of one ball."""
+def _draw_ball(
+    ball: Ball, rng: np.random.Generator, *, crowded: bool
+) -> tuple[tuple[float, float], tuple[float, float], float]:
+    """Position, velocity and radius of one ball; two thrown the same way need more room (`crowded`)."""
     radius = rng.uniform(*RADII[ball.size])
     u, v, w = rng.uniform(size=3)
     if ball.motion == "tossed up":
@@ -233,7 +241,8 @@ def _draw_ball(ball: Ball, rng: np.random.Generator) -> tuple[tuple[float, float
         speed, angle = low + (high - low) * u, np.radians(-10.0 + 45.0 * v)
         side = -1.0 if ball.motion == "thrown left" else 1.0
         velocity = (side * speed * np.cos(angle), -speed * np.sin(angle))
-        top, bottom = (radius + offset for offset in _START_HEIGHT[ball.height or "thrown"])
+        band = _START_HEIGHT["crowded" if crowded else ball.height or "thrown"]
+        top, bottom = (radius + offset for offset in band)
     left, right = radius + _MARGIN, 1 - radius - _MARGIN
     if ball.motion.startswith("thrown"):
         left, right = (left, 0.35) if ball.motion == "thrown right" else (0.65, right)
