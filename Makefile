@@ -1,0 +1,67 @@
+# Every target makes .venv by itself: Python 3.11 or 3.12 and pip are enough. UV=1 installs with uv instead.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+UV ?= 0
+ARGS ?=
+# The deepspeed launcher starts `python`: the environment's own must come first.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install run test test-slow test-gpu check format clean
+
+help:
+	@printf '%s\n' \
+	  'make run        distil the built-in world (ARGS="..." is passed on), then say where the report is' \
+	  'make test       fast tests, CPU' \
+	  'make test-slow  tests that start processes or train' \
+	  'make test-gpu   tests that need a CUDA device' \
+	  'make check      ruff, import-linter, basedpyright' \
+	  'make format     let ruff rewrite what it can' \
+	  'make install    the environment alone (UV=1: with uv)' \
+	  'make clean      remove caches and builds; outputs/ and .venv stay'
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+ifeq ($(UV),1)
+	uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps mosaicml-streaming
+else
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps mosaicml-streaming
+endif
+	@touch $@
+
+run: $(STAMP)
+	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
+	@report=$$(find outputs -name report.html -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d' ' -f2-); \
+	if [ -n "$$report" ]; then echo "report: $$report"; else echo "the run left no report.html under outputs/"; exit 1; fi
+
+test: $(STAMP)
+	python -m pytest -q
+
+test-slow: $(STAMP)
+	python -m pytest -q -m "slow and not gpu"
+
+test-gpu: $(STAMP)
+	python -m pytest -q -m gpu
+
+check: $(STAMP)
+	ruff format --check .
+	ruff check .
+	lint-imports
+	basedpyright
+
+format: $(STAMP)
+	ruff format .
+	ruff check --fix .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
