@@ -10,11 +10,13 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -108,6 +110,11 @@ def close_world() -> None:
         dist.destroy_process_group()
 
 
+def world_rank() -> int:
+    """This process's rank; 0 before `init_world`."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def world_size() -> int:
     """The number of ranks; 1 before `init_world`."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -167,6 +174,24 @@ def gather_cat(tensor: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
+def broadcast_object(value: T) -> T:
+    """Give every rank rank 0's value; any picklable object."""
+    if world_size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Collect one picklable object per rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def check_same_on_all_ranks(name: str, value: object) -> None:
     """Fail on every rank, instead of hanging later, where the ranks would not do the same work.
 
@@ -176,10 +201,7 @@ def check_same_on_all_ranks(name: str, value: object) -> None:
     Raises:
         RuntimeError: the ranks differ; names the first two that do.
     """
-    if world_size() == 1:
-        return
-    values: list[str] = [""] * world_size()
-    dist.all_gather_object(values, repr(value))
+    values = gather_objects(repr(value))
     for rank, other in enumerate(values):
         if other != values[0]:
             raise RuntimeError(f"{name} must be the same on every rank: rank 0 has {values[0]}, rank {rank} {other}")

@@ -14,7 +14,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from afd.train.engines import bare_module, gather_shards, local_shard, release_gathered, shard_slice, zero_stage
+from afd.train.engines import (
+    Engine,
+    bare_module,
+    gather_shards,
+    local_shard,
+    release_gathered,
+    shard_slice,
+    zero_stage,
+)
 
 Decay = float | Callable[[int], float]
 
@@ -51,7 +59,7 @@ class ParameterAverage:
             copies a swap would miss: set "stage3_param_persistence_threshold" to 0.
     """
 
-    def __init__(self, engine_or_module: nn.Module, *, decay: Decay, name: str) -> None:
+    def __init__(self, engine_or_module: Engine | nn.Module, *, decay: Decay, name: str) -> None:
         if not callable(decay):
             _check_decay(decay, name)
         self.name = name

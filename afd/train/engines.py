@@ -4,8 +4,6 @@ Only this module and `afd/train/checkpoint.py` know that DeepSpeed exists. What 
 (`engine(...)`, `engine.backward`, `engine.step`) stays in the trainer.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import json
@@ -15,16 +13,35 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine as Engine
-
 DSConfig = dict[str, Any]
+
+
+class Engine(Protocol):
+    """The part of a DeepSpeed engine that this project uses."""
+
+    module: nn.Module
+    optimizer: Any
+    global_steps: int
+    skipped_steps: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def backward(self, loss: Tensor, /) -> Any: ...
+    def step(self) -> None: ...
+    def train(self, mode: bool = True, /) -> Any: ...
+    def eval(self) -> Any: ...
+    def get_global_grad_norm(self) -> Any: ...
+    def zero_optimization_stage(self) -> int: ...
+    def save_checkpoint(
+        self, save_dir: str, tag: str, *, save_latest: bool, exclude_frozen_parameters: bool
+    ) -> Any: ...
+    def load_checkpoint(self, load_dir: str, tag: str, *, load_module_strict: bool) -> Any: ...
+
 
 KNOWN_KEYS = frozenset(
     {
@@ -241,19 +258,21 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def is_engine(candidate: nn.Module) -> bool:
+def is_engine(candidate: Engine | nn.Module) -> bool:
     """True for what `build_engine` returns, without importing DeepSpeed."""
     return hasattr(candidate, "zero_optimization_stage")
 
 
-def zero_stage(engine_or_module: nn.Module) -> int:
+def zero_stage(owner: Engine | nn.Module) -> int:
     """The ZeRO stage of an engine; 0 for a plain module."""
-    return int(engine_or_module.zero_optimization_stage()) if is_engine(engine_or_module) else 0
+    stage: Any = getattr(owner, "zero_optimization_stage", None)
+    return int(stage()) if stage is not None else 0
 
 
-def bare_module(engine_or_module: nn.Module) -> nn.Module:
+def bare_module(owner: Engine | nn.Module) -> nn.Module:
     """The module inside an engine, or the module itself: its parameters carry the model's own names."""
-    return engine_or_module.module if is_engine(engine_or_module) else engine_or_module
+    module: Any = owner.module if is_engine(owner) else owner
+    return module
 
 
 @contextmanager
@@ -269,7 +288,7 @@ def gathered(engine: Engine) -> Iterator[nn.Module]:
     from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
     offload = engine.optimizer.parameter_offload
-    unwrapped = unwrap_model_for_generation(engine)
+    unwrapped: Any = unwrap_model_for_generation(engine)
     unwrapped.__enter__()
     # unwrap_model_for_generation leaves this one in place: it compares traces over the ranks at each forward, and
     # records the hookless forward as an empty trace.
@@ -297,21 +316,22 @@ def release_gathered(engine: Engine) -> None:
     engine.optimizer.empty_partition_cache()
 
 
-def local_shard(parameter: nn.Parameter) -> Tensor:
+def local_shard(parameter: Any) -> Tensor:
     """This rank's float32 master shard of a trainable ZeRO-3 parameter: [padded numel / ranks], shares memory."""
     from deepspeed.utils import safe_get_local_fp32_param
 
-    return safe_get_local_fp32_param(parameter).detach()
+    shard: Any = safe_get_local_fp32_param(parameter)
+    return shard.detach()
 
 
-def shard_slice(parameter: nn.Parameter) -> slice:
+def shard_slice(parameter: Any) -> slice:
     """The part of the flattened ZeRO-3 parameter that this rank holds; the shard's tail beyond it is padding."""
     size = parameter.ds_tensor.ds_numel
     start = min(size * dist.get_rank(), parameter.ds_numel)
     return slice(start, min(start + size, parameter.ds_numel))
 
 
-def gather_shards(parameter: nn.Parameter, shard: Tensor) -> Tensor | None:
+def gather_shards(parameter: Any, shard: Tensor) -> Tensor | None:
     """Put a ZeRO-3 parameter together on rank 0 from one shard per rank; collective.
 
     Args:
@@ -341,7 +361,8 @@ def consolidated_weights(engine: Engine) -> dict[str, Tensor]:
     module = bare_module(engine)
     sharded = zero_stage(engine) == 3
     weights: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    parameters: dict[str, Any] = dict(module.named_parameters())
+    for name, parameter in parameters.items():
         if sharded:
             shard = local_shard(parameter) if parameter.requires_grad else parameter.ds_tensor.data
             whole = gather_shards(parameter, shard)

@@ -1,0 +1,384 @@
+"""Saving and resuming a run: both engines, the averages, every rank's random state and progress, in one commit.
+
+DeepSpeed writes and reads its engines' files; commit.py makes the whole durable and checks it before anything is
+unpickled. `student.safetensors` and `averages/*.safetensors` hold whole float32 weights under the model's own names:
+sampling and export read those and need neither DeepSpeed nor pickle.
+"""
+
+import hashlib
+import importlib.metadata
+import logging
+import platform
+import random
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from afd.distributed import barrier, broadcast_object, gather_objects, world_rank, world_size
+from afd.train.averaging import ParameterAverage
+from afd.train.commit import (
+    commit_name,
+    commit_problems,
+    file_sha256,
+    list_commits,
+    list_files,
+    persist_files,
+    prune,
+    publish,
+    read_manifest,
+    remove_leftovers,
+    write_durably,
+    write_manifest,
+)
+from afd.train.engines import Engine, bare_module, consolidated_weights, zero_stage
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+TAG = "engine"
+STUDENT = "student"
+STUDENT_WEIGHTS = "student.safetensors"
+CONFIG = "config.yaml"
+RESERVE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a commit gives back beside the engines, averages and random states it restored in place."""
+
+    step: int
+    state: dict[str, Any]
+    config: str
+    path: Path
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    step: int,
+    *,
+    engines: Mapping[str, Engine],
+    averages: Mapping[str, ParameterAverage],
+    state: dict[str, Any],
+    config: str,
+    keep: int = 2,
+) -> Path:
+    """Write one commit and publish it atomically; collective, between two steps.
+
+    Args:
+        output_dir: the run's folder, shared by all ranks and held by a `RunLock`.
+        step: optimizer steps done.
+        engines: by role; "student" is the one whose weights are also written as safetensors.
+        averages: by name.
+        state: this rank's own progress, such as {"loader": ..., "trainer": ...}: plain values and tensors only.
+        config: the resolved configuration's text.
+        keep: commits left after pruning, this one included; >= 1.
+    Returns:
+        The commit's folder.
+    Raises:
+        ValueError: arguments, or a `state` that could not be read back without pickle.
+        OSError: not enough free space, or writing failed; on every rank.
+    """
+    if step < 0 or keep < 1 or STUDENT not in engines:
+        raise ValueError(f"need step >= 0, keep >= 1 and a 'student' engine, got {step}, {keep}, {sorted(engines)}")
+    output = Path(output_dir)
+    final = output / commit_name(step)
+    temporary = output / f"{final.name}.tmp-{broadcast_object(secrets.token_hex(4))}"
+    _on_rank_0(lambda: _prepare(temporary, _estimated_bytes(engines, averages)))
+    for name, engine in engines.items():
+        engine.save_checkpoint(
+            str(temporary / name), tag=TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
+        )
+    _write_weights(temporary, engines[STUDENT], averages)
+    _write_rank_state(temporary / "ranks" / f"rank_{world_rank():05d}.pt", state)
+    _on_rank_0(lambda: write_durably(temporary / CONFIG, config))
+    names = list_files(temporary)
+    records = gather_objects(persist_files(temporary, names[world_rank() :: world_size()]))
+    body = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": world_size(),
+        "models": {name: _model_record(engine) for name, engine in engines.items()},
+        "averages": sorted(averages),
+        "versions": _versions(),
+        "files": {name: record for part in records for name, record in part.items()},
+    }
+    _on_rank_0(lambda: _finish(temporary, final, body, keep))
+    return final
+
+
+def _on_rank_0(action: Any) -> None:
+    """Run on rank 0 while the others wait; a failure to write is raised on every rank instead of hanging them."""
+    problem = None
+    if world_rank() == 0:
+        try:
+            action()
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem:
+        raise OSError(problem)
+
+
+def _prepare(temporary: Path, needed: int) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(temporary.parent)
+    free = shutil.disk_usage(temporary.parent).free
+    if free < needed:
+        raise OSError(
+            f"checkpoint needs about {needed / 2**30:.2f} GiB in {temporary.parent}, "
+            f"only {free / 2**30:.2f} GiB are free"
+        )
+    for folder in ("ranks", "averages"):
+        (temporary / folder).mkdir(parents=True)
+
+
+def _finish(temporary: Path, final: Path, body: dict[str, Any], keep: int) -> None:
+    if list_files(temporary) != sorted(body["files"]):
+        raise OSError(f"the ranks do not see the same files in {temporary}: the output folder must be shared by all")
+    write_manifest(temporary, body)
+    publish(temporary, final)
+    prune(final.parent, newest=body["step"], keep=keep)
+
+
+def _estimated_bytes(engines: Mapping[str, Engine], averages: Mapping[str, ParameterAverage]) -> int:
+    """Size of a commit from the parameter counts: master + two Adam moments + weights, float32 copies, a reserve."""
+    total = RESERVE_BYTES
+    for name, engine in engines.items():
+        for parameter in bare_module(engine).parameters():
+            count: int = getattr(parameter, "ds_numel", parameter.numel())
+            trained = 12 + parameter.element_size() if parameter.requires_grad else 0
+            whole = 4 * (1 + len(averages)) if name == STUDENT else 0
+            total += count * (trained + whole)
+    return total
+
+
+def _write_weights(folder: Path, student: Engine, averages: Mapping[str, ParameterAverage]) -> None:
+    """Write whole float32 weights and averages from rank 0; every rank takes part in the gathers."""
+    weights = consolidated_weights(student)
+    _on_rank_0(lambda: save_file({name: each.contiguous() for name, each in weights.items()}, folder / STUDENT_WEIGHTS))
+    for name, average in averages.items():
+        values = average.state_dict()
+        _on_rank_0(lambda file=folder / "averages" / f"{name}.safetensors", values=values: save_file(values, file))
+
+
+def _write_rank_state(path: Path, state: dict[str, Any]) -> None:
+    torch.save({"random": random_state(), "state": state}, path)
+    try:
+        torch.load(path, weights_only=True)
+    except (RuntimeError, ValueError, OSError, ImportError, AttributeError) as error:
+        raise ValueError(f"state must hold tensors and plain Python values only: {error}") from None
+    barrier()
+
+
+def random_state() -> dict[str, Any]:
+    """The process's global random states (torch, CUDA, numpy, Python) as tensors and plain values."""
+    # The legacy global generator is what libraries draw from when nobody hands them one.
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": random.getstate(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the global random states to what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def find_commit(output_dir: str | Path) -> Path | None:
+    """The newest commit that verifies, or None where there has never been one; collective, the ranks share the work.
+
+    A damaged commit is named in a warning and the next older one is tried.
+
+    Raises:
+        ValueError: there are commits but none verifies: a run never restarts from step 0 by itself.
+    """
+    commits = broadcast_object(list_commits(Path(output_dir)))
+    problems: list[str] = []
+    for _, folder in commits:
+        problems = verify_commit(folder)
+        if not problems:
+            return folder
+        if world_rank() == 0:
+            logger.warning("damaged commit, trying the one before it: %s", "; ".join(problems[:3]))
+    if commits:
+        raise ValueError(
+            f"none of the {len(commits)} commits in {output_dir} verifies ({problems[0]}): "
+            "restore one from a backup, or start afresh in another folder"
+        )
+    return None
+
+
+def verify_commit(path: str | Path) -> list[str]:
+    """All problems of a commit, empty when it is whole; collective, each rank hashes its share of the files."""
+    shares = gather_objects(commit_problems(Path(path), rank=world_rank(), size=world_size()))
+    return sorted({problem for share in shares for problem in share})
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    engines: Mapping[str, Engine],
+    averages: Mapping[str, ParameterAverage],
+    is_verified: bool = False,
+) -> Restored:
+    """Restore fresh engines, averages and this rank's random states from a commit; collective.
+
+    Args:
+        path: the commit.
+        engines: by role, built with the same modules and JSON, not stepped yet.
+        averages: by name, as saved.
+        is_verified: skip hashing, for a path that `find_commit` just returned.
+    Returns:
+        The step, this rank's own `state`, and the configuration's text.
+    Raises:
+        ValueError: another model, stage, number of ranks or set of roles; used engines; or a damaged commit. Raised
+            before any engine is touched.
+    """
+    commit = Path(path)
+    manifest = read_manifest(commit)
+    _check_fits(commit, manifest, engines, averages)
+    problems = [] if is_verified else verify_commit(commit)
+    if problems:
+        raise ValueError(f"damaged commit: {'; '.join(problems[:3])}")
+    for name, engine in engines.items():
+        strict = not _has_frozen(engine)
+        found, _ = engine.load_checkpoint(str(commit / name), tag=TAG, load_module_strict=strict)
+        if found is None:
+            raise RuntimeError(f"DeepSpeed found nothing to load for {name!r} in {commit}, though it verified")
+    for name, average in averages.items():
+        with _LazyTensors(commit / "averages" / f"{name}.safetensors") as values:
+            average.load_state_dict(values)
+    own = torch.load(commit / "ranks" / f"rank_{world_rank():05d}.pt", weights_only=True)
+    restore_random_state(own["random"])
+    return Restored(manifest["step"], own["state"], (commit / CONFIG).read_text(), commit)
+
+
+def _check_fits(
+    commit: Path, manifest: dict[str, Any], engines: Mapping[str, Engine], averages: Mapping[str, ParameterAverage]
+) -> None:
+    """Compare a manifest with this run; every rank comes to the same verdict without talking."""
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{commit} has checkpoint format {manifest['format']}, this version reads {FORMAT}")
+    saved_models = manifest["models"]
+    if saved_models.keys() != engines.keys() or manifest["averages"] != sorted(averages):
+        raise ValueError(
+            f"{commit} holds engines {sorted(saved_models)} and averages {manifest['averages']}, "
+            f"this run has {sorted(engines)} and {sorted(averages)}"
+        )
+    for name, engine in engines.items():
+        saved, own = saved_models[name], _model_record(engine)
+        for key in ("fingerprint", "num_parameters", "num_tensors"):
+            if saved[key] != own[key]:
+                raise ValueError(
+                    f"{commit} is a checkpoint of another {name}: {saved['num_tensors']} tensors, "
+                    f"{saved['num_parameters']} parameters, fingerprint {saved['fingerprint'][:12]}; this run's has "
+                    f"{own['num_tensors']}, {own['num_parameters']}, {own['fingerprint'][:12]}"
+                )
+        for key in ("zero_stage", "dtype"):
+            if saved[key] != own[key]:
+                raise ValueError(f"{commit}: {name} was saved with {key} {saved[key]}, this run has {own[key]}")
+        if engine.global_steps:
+            raise ValueError(f"{name} engine has already taken {engine.global_steps} steps: resume in a new process")
+    if manifest["world_size"] != world_size():
+        raise ValueError(
+            f"{commit} was written by {manifest['world_size']} ranks, this run has {world_size()}: start with "
+            f"{manifest['world_size']} ranks, or begin a new run from its {STUDENT_WEIGHTS} (weights only)"
+        )
+
+
+def _has_frozen(engine: Engine) -> bool:
+    return any(not parameter.requires_grad for parameter in bare_module(engine).parameters())
+
+
+def _model_record(engine: Engine) -> dict[str, Any]:
+    """What must agree for a checkpoint to fit: names, shapes and trainability in order; stage and dtype."""
+    digest = hashlib.sha256()
+    total, count, dtype = 0, 0, ""
+    parameters: dict[str, Any] = dict(bare_module(engine).named_parameters())
+    for name, parameter in parameters.items():
+        shape = list(getattr(parameter, "ds_shape", parameter.shape))
+        digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
+        total += getattr(parameter, "ds_numel", parameter.numel())
+        count += 1
+        dtype = dtype or str(parameter.dtype)
+    return {
+        "fingerprint": digest.hexdigest(),
+        "num_parameters": total,
+        "num_tensors": count,
+        "zero_stage": zero_stage(engine),
+        "dtype": dtype,
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "safetensors", "numpy")}
+    return {"python": platform.python_version(), **installed}
+
+
+class _LazyTensors(Mapping[str, Tensor]):
+    """A safetensors file as a mapping that reads one tensor at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Self:
+        self._file = safe_open(self._path, framework="pt").__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
+def read_student_weights(path: str | Path, *, average: str | None = None) -> dict[str, Tensor]:
+    """Whole student weights of a commit by the model's own names, on the CPU; no DeepSpeed, no pickle.
+
+    Args:
+        path: the commit.
+        average: lay this average over the raw weights (with LoRA it covers the adapter only).
+    Raises:
+        ValueError: no such average, or a file is missing or damaged.
+    """
+    commit = Path(path)
+    manifest = read_manifest(commit)
+    if average is not None and average not in manifest["averages"]:
+        raise ValueError(f"{commit} has no average {average!r}, only {manifest['averages']}")
+    names = [STUDENT_WEIGHTS] + ([f"averages/{average}.safetensors"] if average is not None else [])
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        file = commit / name
+        if not file.is_file() or file_sha256(file) != manifest["files"][name]["sha256"]:
+            raise ValueError(f"{file} is missing or damaged")
+        weights.update(load_file(file))
+    return weights
+
+
+def export_student_weights(path: str | Path, file: str | Path, *, average: str | None = None) -> None:
+    """Write a commit's student weights to one safetensors file; see `read_student_weights`."""
+    save_file(read_student_weights(path, average=average), file, metadata={"average": average or "none"})
