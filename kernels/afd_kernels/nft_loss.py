@@ -106,4 +106,4 @@ def _refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
         return
     for name, value in tensors.items():
         if value is not None and value.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: nft_loss differentiates v only, got requires_grad=True")
+            raise ValueError(f"{name} must not require a gradient (only v may), got requires_grad=True")

@@ -75,7 +75,9 @@ def rope_qk_norm_reference(
 
 def _norm_and_rotate(x: Tensor, weight: Tensor, rotation: Tensor, num_heads: int, eps: float) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
-    normed = torch.nn.functional.rms_norm(x.to(dtype), (x.shape[-1],), eps=eps).to(x.dtype)
+    wide = x.to(dtype)
+    # Spelled out: torch's rms_norm takes twice as long on a CPU.
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     scaled = normed.to(dtype) * weight.to(dtype)
     pairs = scaled.view(*x.shape[:2], num_heads, -1, 2).transpose(1, 2)  # [B, heads, N, head_dim/2, 2]
     return torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(-2).to(x.dtype)
