@@ -1,0 +1,1 @@
+"""Videos in and out, the shard format, and the batches of a run. The only package that imports `streaming`."""

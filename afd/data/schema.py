@@ -1,0 +1,207 @@
+"""What one shard row holds, its bf16 encoding, and the one door to `streaming`. Knows no file layout."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import struct
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCHEMA_VERSION = 1
+BF16 = "bf16"
+COLUMNS = {
+    "prompt": "str",
+    "latents": BF16,  # [C, F, H, W]
+    "prompt_embeds": BF16,  # [L, D]
+    "video_mp4": "bytes",  # empty unless the finished video is kept for pixel discriminators
+    "source_id": "str",
+    "sha256": "str",  # of the finished video, or of the latents' bits where there is none
+    "teacher": "str",
+    "seed": "int",
+    "fps": "float64",  # of the frames behind the latents
+    "schema_version": "int",
+}
+_MAX_DIMS = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its finished teacher video, encoded.
+
+    Attributes:
+        latents: [C, F, H, W] bfloat16 (floating input is rounded to it when written).
+        prompt_embeds: [L, D], the same.
+        video_mp4: the finished video, or None where only latents are kept.
+        source_id: a name unique to (teacher, its settings, prompt, seed).
+        sha256: filled in when empty.
+    """
+
+    prompt: str
+    latents: Tensor
+    prompt_embeds: Tensor
+    video_mp4: bytes | None
+    source_id: str
+    teacher: str
+    seed: int
+    fps: float
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A video that did not become a sample, and why."""
+
+    source_id: str
+    reason: str
+
+
+def to_row(sample: Sample) -> dict[str, Any]:
+    """Check a sample and lay it out by `COLUMNS`.
+
+    Raises:
+        ValueError: an empty prompt or source_id, a wrong rank, or a value that is not finite in bfloat16.
+    """
+    for name in ("prompt", "source_id"):
+        if not getattr(sample, name):
+            raise ValueError(f"{name} must not be empty (sample {sample.source_id!r})")
+    tensors = {}
+    for name, axes in (("latents", "[C, F, H, W]"), ("prompt_embeds", "[L, D]")):
+        tensor: Tensor = getattr(sample, name)
+        if tensor.ndim != axes.count(",") + 1 or tensor.numel() == 0 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating {axes}, got {tensor.dtype} {list(tensor.shape)} (sample {sample.source_id!r})"
+            )
+        tensors[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} must be finite in bfloat16, got NaN or infinity (sample {sample.source_id!r})")
+    video = sample.video_mp4 or b""
+    digest = hashlib.sha256(video or encode_bf16(tensors["latents"])).hexdigest()
+    return {
+        **tensors,
+        "prompt": sample.prompt,
+        "video_mp4": video,
+        "source_id": sample.source_id,
+        "sha256": sample.sha256 or digest,
+        "teacher": sample.teacher,
+        "seed": int(sample.seed),
+        "fps": float(sample.fps),
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Sample:
+    """Rebuild the sample of a decoded row.
+
+    Raises:
+        ValueError: a column is missing or the row follows another schema version.
+    """
+    missing = sorted(set(COLUMNS) - set(row))
+    if missing:
+        raise ValueError(f"row lacks the columns {', '.join(missing)}")
+    if row["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {row['schema_version']}")
+    return Sample(
+        prompt=row["prompt"],
+        latents=row["latents"],
+        prompt_embeds=row["prompt_embeds"],
+        video_mp4=row["video_mp4"] or None,
+        source_id=row["source_id"],
+        teacher=row["teacher"],
+        seed=int(row["seed"]),
+        fps=float(row["fps"]),
+        sha256=row["sha256"],
+    )
+
+
+def encode_bf16(tensor: Tensor) -> bytes:
+    """Lay a bfloat16 tensor out as: number of axes (u8), each size (u32), the bits (u16), all little-endian.
+
+    Raises:
+        ValueError: not bfloat16, or more than 8 axes.
+    """
+    if tensor.dtype != torch.bfloat16 or tensor.ndim > _MAX_DIMS:
+        raise ValueError(
+            f"tensor must be bfloat16 with at most {_MAX_DIMS} axes, got {tensor.dtype} {list(tensor.shape)}"
+        )
+    bits = tensor.detach().cpu().contiguous().view(torch.int16).numpy()
+    return struct.pack(f"<B{tensor.ndim}I", tensor.ndim, *tensor.shape) + bits.astype("<i2", copy=False).tobytes()
+
+
+def decode_bf16(data: bytes) -> Tensor:
+    """Undo `encode_bf16`, bit for bit.
+
+    Raises:
+        ValueError: the length does not fit the header.
+    """
+    num_dims = data[0] if data else 0
+    header = 1 + 4 * num_dims
+    if not data or num_dims > _MAX_DIMS or len(data) < header:
+        raise ValueError(f"bf16 column has a broken header ({len(data)} bytes, {num_dims} axes)")
+    shape = struct.unpack_from(f"<{num_dims}I", data, 1)
+    expected = header + 2 * functools.reduce(int.__mul__, shape, 1)
+    if len(data) != expected:
+        raise ValueError(f"bf16 column of shape {list(shape)} must have {expected} bytes, got {len(data)}")
+    if len(data) == header:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    bits = torch.frombuffer(bytearray(data[header:]), dtype=torch.int16)
+    if sys.byteorder == "big":
+        bits = bits.view(torch.uint8).view(-1, 2).flip(1).contiguous().view(-1).view(torch.int16)
+    return bits.view(torch.bfloat16).reshape(shape)
+
+
+def settings_fingerprint(settings: Mapping[str, Any]) -> str:
+    """Name the settings that made a data set: sha256 over their canonical JSON and the schema version.
+
+    Raises:
+        ValueError: the settings are not JSON (NaN included).
+    """
+    try:
+        text = json.dumps({"schema_version": SCHEMA_VERSION, "settings": settings}, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings must be plain JSON values: {error}") from error
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def load_streaming() -> types.ModuleType:
+    """Import `streaming`, with our bf16 encoding known to it.
+
+    `streaming` imports torchvision for its vision data sets, which we do not use: where torchvision is absent (or
+    broken by a torch it was not built for) an empty module takes their place.
+    """
+    if "streaming" not in sys.modules and not _has_torchvision():
+        sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
+    import streaming
+    from streaming.base.format.mds import encodings
+
+    class BFloat16(encodings.Encoding):
+        """bfloat16 tensors: a shape header and the raw bits."""
+
+        def encode(self, obj: Tensor) -> bytes:
+            return encode_bf16(obj)
+
+        def decode(self, data: bytes) -> Tensor:
+            return decode_bf16(data)
+
+    encodings._encodings[BF16] = BFloat16
+    return streaming
+
+
+def _has_torchvision() -> bool:
+    if importlib.util.find_spec("torchvision") is None:
+        return False
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):  # built for another torch: "operator torchvision::nms does not exist"
+        return False
+    return True
