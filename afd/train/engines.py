@@ -163,7 +163,9 @@ def check_ds_config(config: DSConfig) -> None:
     if not isinstance(optimizer, dict) or "type" not in optimizer or "lr" not in optimizer.get("params", {}):
         raise ValueError('\'optimizer\' must be {"type": ..., "params": {"lr": ..., ...}}')
     zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict):
+        raise ValueError(f"'zero_optimization' must be an object such as {{\"stage\": 3}}, got {zero!r}")
+    stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"'zero_optimization.stage' must be 0, 1, 2 or 3, got {stage!r}")
     for part in ("offload_param", "offload_optimizer"):
