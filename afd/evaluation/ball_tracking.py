@@ -79,9 +79,9 @@ def track_balls(video: np.ndarray, balls: Sequence[Ball], *, background: float) 
     for i, ball in enumerate(balls):
         centre = _brightest_spot(alphas[i], x, y, float(radius[i]))
         reach = float(radius[i]) + WINDOW_MARGIN_PX / max(height, width)
-        for _ in range(_SETTLING_ROUNDS):
-            window = _disc(centre, reach, x, y)
-            centre, total = _centroid(alphas[i] * window, x, y, centre)
+        for _ in range(_SETTLING_ROUNDS - 1):
+            centre, _ = _centroid(alphas[i] * _disc(centre, reach, x, y), x, y, centre)
+        centre, total = _centroid(alphas[i] * _disc(centre, reach, x, y), x, y, centre)
         window = _disc(centre, reach, x, y)
         position[:, i], mass[:, i] = centre, total / (np.pi * radius[i] ** 2 * height * width)
         is_named[:, i] = _is_nearest_colour(

@@ -57,13 +57,13 @@ def find_contacts(position: np.ndarray, is_tracked: np.ndarray, radius: np.ndarr
 
     def touched(gap: np.ndarray, way: np.ndarray) -> np.ndarray:
         gap = np.maximum(gap, 0.0)
-        return gap[1:] + gap[:-1] <= way
+        return np.less_equal(gap[1:] + gap[:-1], way)
 
     wall = touched(1 - radius - x, reach[..., 0]) | touched(x - radius, reach[..., 0])
     ball = np.zeros_like(wall)
     if len(radius) == 2:
         between = position[:, 1] - position[:, 0]
-        both = is_tracked.all(axis=1)
+        both = np.asarray(is_tracked.all(axis=1))
         closing = np.linalg.norm(np.diff(between, axis=0), axis=-1) * (both[1:] & both[:-1])
         way = CONTACT_SLACK * np.minimum(_neighbour_max(closing), 2 * limit) + CONTACT_MARGIN
         near = touched(np.linalg.norm(between, axis=-1) - radius.sum(), way)

@@ -215,8 +215,8 @@ def _motion_metrics(tracks: BallTracks, contacts: Contacts, truth: WorldTruth, p
     dt = 1 / truth.fps
     allowed = np.full_like(step, MAX_STEP_SPEED * dt)
     usual = np.maximum(step[1:-1], step[:-2]) + np.array([0.0, 2 * truth.gravity * dt * dt])
-    # An impact of two balls changes both velocities within the interval and the one after it.
-    struck = contacts.ball[2:] | contacts.ball[1:-1]
+    # An impact of two balls sets a new speed, which shows an interval or, after a wall, two intervals later.
+    struck = contacts.ball[2:] | contacts.ball[1:-1] | contacts.ball[:-2]
     allowed[2:] = np.where(struck[..., None], allowed[2:], np.minimum(usual, allowed[2:]))
     judged = has_step.copy()
     judged[2:] &= has_step[1:-1] & has_step[:-2]
@@ -259,8 +259,8 @@ def _bounce_timing_error(tracks: BallTracks, contacts: Contacts, truth: WorldTru
 
     Due: the first five frames, fitted with the true gravity, reach the floor. Seen: the bottom turning point near the
     floor, placed within its interval by the ways down and up (the way up is slower by the restitution). Defined for a
-    ball tracked from the start, with no other contact before, when one of the two lies in the clip; a bounce that is
-    due or seen alone counts as happening at the other end of the clip.
+    ball tracked from the start that touches nothing else before or around the bounce, when one of the two lies in the
+    clip; one that is due or seen alone is compared with the end of the clip.
     """
     num_frames = len(tracks.position)
     end = (num_frames - 1) / truth.fps
@@ -272,14 +272,15 @@ def _bounce_timing_error(tracks: BallTracks, contacts: Contacts, truth: WorldTru
         if not start or start[0].start != 0:
             continue
         stop = start[0].stop - 1
-        if stop < num_frames - 1 and not contacts.floor[stop, i]:
-            continue  # the flight ended at the ceiling, at the other ball, or out of sight
+        nearby = slice(max(stop - 1, 0), stop + 4)
+        if others[nearby].any() or not tracks.is_tracked[nearby, i].all():
+            continue
         floor = 1 - float(tracks.radius[i])
-        due = _due_time(y[:_TIMING_FRAMES], floor, truth)
-        seen = _seen_time(y, tracks.is_tracked[:, i] & np.append(~others, True), stop, floor, truth)
+        due = min(_due_time(y[:_TIMING_FRAMES], floor, truth), end)
+        seen = _seen_time(y, stop, floor, truth)
         if seen is None and due > end - 1 / truth.fps:
             continue
-        errors.append(abs(min(due, end) - (end if seen is None else seen)))
+        errors.append(abs(due - (end if seen is None else seen)))
     return float(np.mean(errors)) if errors else float("nan")
 
 
@@ -291,11 +292,9 @@ def _due_time(y: np.ndarray, floor: float, truth: WorldTruth) -> float:
     return float((np.sqrt(max(speed**2 + 2 * truth.gravity * (floor - start), 0.0)) - speed) / truth.gravity)
 
 
-def _seen_time(y: np.ndarray, is_clean: np.ndarray, stop: int, floor: float, truth: WorldTruth) -> float | None:
+def _seen_time(y: np.ndarray, stop: int, floor: float, truth: WorldTruth) -> float | None:
     """Seconds from frame 0 to the turning point at the floor in one of the three intervals from `stop`, or None."""
     for k in range(max(stop, 1), min(stop + 3, len(y) - 2)):
-        if not is_clean[k - 1 : k + 3].all():
-            return None
         if y[k] > y[k - 1] and y[k + 2] < y[k + 1]:
             down, up = max(floor - y[k], 0.0), max(floor - y[k + 1], 0.0) / truth.restitution
             share = down / (down + up) if down + up > 0 else 0.5

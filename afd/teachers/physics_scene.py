@@ -58,8 +58,8 @@ class PhysicsConstants:
         restitution: speed kept by the normal motion at a wall, the floor or the ceiling, in [0, 1].
         ball_restitution: the same between two balls.
         duration_s: length of a clip; `round(duration_s * fps)` frames, the first at time 0.
-        fps: frames per second. The default is a multiple of the student's 10, so that resampling by time stamps
-            picks exact instants; at 24 it adds a jitter of up to 1/48 s.
+        fps: frames per second. A multiple of the student's rate lets resampling pick exact instants; the default of
+            24 against 10 does not, on purpose, as with a real teacher.
         height: rows of a frame.
         width: columns of a frame.
         supersample: samples per pixel and axis.
@@ -74,7 +74,7 @@ class PhysicsConstants:
     restitution: float = 0.8
     ball_restitution: float = 0.9
     duration_s: float = 1.5
-    fps: int = 30
+    fps: int = 24
     height: int = 64
     width: int = 64
     supersample: int = 4
