@@ -1,0 +1,105 @@
+"""Reads the run's configuration: defaults < YAML file < dotted overrides; and writes it back, resolved."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from afd.config import RunConfig
+
+
+class ConfigError(ValueError):
+    """The user's configuration is wrong; the message is one line that names the field, expected and got."""
+
+
+# Knobs of DeepSpeed's JSON under the names people look for them in the YAML.
+_OWNED_BY_DEEPSPEED = frozenset(
+    {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+        "optimizer", "lr", "learning_rate", "scheduler", "zero_optimization", "zero_stage", "bf16", "fp16", "precision",
+        "batch_size", "micro_batch_size", "weight_decay",
+    }
+)  # fmt: skip
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and dotted overrides such as `rollout.group_size=4` into a checked configuration.
+
+    Raises:
+        ConfigError: one line naming the field, what was expected and what came.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--config {path} does not exist")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {path} must hold a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    _refuse_unknown(tree, RunConfig, prefix="")
+    try:
+        return RunConfig(**tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    path = key.removeprefix("--").split(".")
+    if not separator or not all(path):
+        raise ConfigError(f"override must read section.field=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key} must have a YAML value, got {text!r}") from error
+    node = tree
+    for part in path[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {key}: {part!r} is a value, not a section")
+        node = child
+    node[path[-1]] = value
+
+
+def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], *, prefix: str) -> None:
+    """Unknown keys, with the closest known one; knobs that DeepSpeed's JSON owns are named as such."""
+    fields = section.model_fields
+    for key, value in tree.items():
+        where = f"{prefix}{key}"
+        if key not in fields:
+            if key in _OWNED_BY_DEEPSPEED:
+                raise ConfigError(f"{where} belongs in the DeepSpeed JSON (--ds_config), not in the YAML configuration")
+            known = dict(_leaves(RunConfig, ""))
+            close = difflib.get_close_matches(str(key), [*fields, *known], n=1, cutoff=0.5)
+            owner = next((full for full in known.values() if full.rsplit(".", 1)[-1] == close[0]), None) if close else None
+            suggestion = f"{prefix}{close[0]}" if close and close[0] in fields else owner
+            raise ConfigError(f"unknown key {where}" + (f", did you mean {suggestion}?" if suggestion else ""))
+        nested = fields[key].annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where} must be a section with fields {sorted(nested.model_fields)}, got {value!r}")
+            _refuse_unknown(value, nested, prefix=f"{where}.")
+
+
+def _leaves(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    """(name, dotted name) of every field that is not a section."""
+    for name, field in section.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            yield from _leaves(nested, f"{prefix}{name}.")
+        else:
+            yield name, f"{prefix}{name}"

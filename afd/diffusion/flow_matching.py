@@ -1,0 +1,88 @@
+"""Rectified flow: the noising process, its velocity, the time grids of the few-step samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TimeSampling = Literal["grid", "uniform", "logit_normal"]
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Warp times towards noise: t' = shift t / (1 + (shift - 1) t).
+
+    Args:
+        t: any shape, in [0, 1].
+        shift: > 0; 1 is the identity, 5 is Self-Forcing's.
+    Source: arXiv 2403.03206, eq. 23; Self-Forcing utils/scheduler.py (facts only).
+    """
+    if shift <= 0:
+        raise ValueError(f"shift must be > 0, got {shift}")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sampler_grid(steps: Sequence[int], *, shift: float) -> tuple[float, ...]:
+    """Times visited by a few-step sampler: steps of 1000, warped by `shift`.
+
+    `sampler_grid([1000, 750, 500, 250], shift=5)` is (1.0, 0.9375, 0.8333, 0.625).
+
+    Raises:
+        ValueError: steps are empty, not strictly decreasing, or outside (0, 1000].
+    """
+    ordered = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+    if not steps or not ordered or not (0 < steps[-1] and steps[0] <= 1000):
+        raise ValueError(f"steps must be strictly decreasing integers in (0, 1000], got {list(steps)}")
+    return tuple(shift_time(torch.tensor(list(steps), dtype=torch.float64) / 1000, shift).tolist())
+
+
+def per_frame(t: Tensor, like: Tensor) -> Tensor:
+    """Broadcast t [N, F] over latents [N, C, F, H, W]: -> [N, 1, F, 1, 1] in the latents' dtype."""
+    return t[:, None, :, None, None].to(like.dtype)
+
+
+def x0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Clean latents: x0 = x_t - t v; x_t, v [N, C, F, H, W], t [N, F]."""
+    return x_t - per_frame(t, x_t) * v
+
+
+def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Noised latents: x_t = (1 - t) x0 + t eps; x0, eps [N, C, F, H, W], t [N, F]."""
+    time = per_frame(t, x0)
+    return (1 - time) * x0 + time * eps
+
+
+def chunk_times(
+    uniforms: Tensor, *, num_frames: int, chunk_frames: int, sampling: TimeSampling, grid: Sequence[float], shift: float
+) -> Tensor:
+    """One time per chunk from uniform random numbers, repeated over the chunk's frames.
+
+    Args:
+        uniforms: [N, F / K] in [0, 1).
+        num_frames: F; divisible by K = chunk_frames.
+        sampling: "grid" draws from the sampler's own times, "uniform" and "logit_normal" draw t and warp it by shift.
+        grid: the sampler's times, read for "grid".
+        shift: time shift, read for the other two.
+    Returns:
+        [N, F] float32 in [0, 1].
+    Raises:
+        ValueError: the number of uniforms is not N x F / K, or the sampling is unknown.
+    """
+    if uniforms.ndim != 2 or uniforms.shape[1] * chunk_frames != num_frames:
+        raise ValueError(
+            f"uniforms must be [N, {num_frames // chunk_frames}] for {num_frames} frames in chunks of {chunk_frames}, "
+            f"got {list(uniforms.shape)}"
+        )
+    if sampling == "grid":
+        choices = torch.tensor(list(grid), dtype=torch.float32, device=uniforms.device)
+        t = choices[(uniforms * len(choices)).long().clamp_max(len(choices) - 1)]
+    elif sampling == "uniform":
+        t = shift_time(uniforms.float(), shift)
+    elif sampling == "logit_normal":
+        normal = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
+        t = shift_time(torch.sigmoid(normal).float(), shift)
+    else:
+        raise ValueError(f"time sampling must be grid, uniform or logit_normal, got {sampling!r}")
+    return t.repeat_interleave(chunk_frames, dim=1)

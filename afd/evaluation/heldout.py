@@ -1,0 +1,90 @@
+"""Measures a student on held-out prompts: same prompts and seeds for every model, work shared among the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afd.config import RunConfig
+from afd.diffusion.flow_matching import sampler_grid
+from afd.distributed import World, gather_objects
+from afd.evaluation.physics import measure, summarise
+from afd.models.encoders import VideoCodec
+from afd.models.student import CausalStudent
+from afd.rollout import rollout, rollout_noise
+from afd.types import VideoBatch
+
+_EVALUATION_STREAM = 101
+_BATCH = 32
+
+Summary = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class HeldoutEvaluator:
+    """Held-out prompts with their teacher videos, the codec, and the world whose truth is known.
+
+    Attributes:
+        batch: all held-out prompts; the teacher's videos are the reference row.
+        codec: decodes latents to pixels.
+        config: the run's; reads rollout, video, teacher and evaluation.
+        world: ranks among which the clips are divided.
+    """
+
+    batch: VideoBatch
+    codec: VideoCodec
+    config: RunConfig
+    world: World
+
+    def sample(self, student: CausalStudent, rows: list[tuple[int, int]]) -> Tensor:
+        """Latents [len(rows), C, F, H, W] of (prompt row, seed) pairs; seeds are shared by all models."""
+        section = self.config.rollout
+        times = sampler_grid(section.steps, shift=section.shift)
+        parts = []
+        for start in range(0, len(rows), _BATCH):
+            part = rows[start : start + _BATCH]
+            keys = [(_EVALUATION_STREAM, int(self.batch.sample_ids[row]), seed) for row, seed in part]
+            noise = rollout_noise(keys, len(times), self.batch.latents.shape[1:]).to(self.batch.latents)
+            embeds = self.batch.prompt_embeds[[row for row, _ in part]]
+            parts.append(rollout(student, embeds, noise, times))
+        return torch.cat(parts)
+
+    def evaluate(self, student: CausalStudent) -> Summary:
+        """Metrics of a student over held-out prompts x seeds, the same on every rank."""
+        seeds = self.config.evaluation.seeds_per_prompt
+        rows = [(row, seed) for row in range(len(self.batch.prompts)) for seed in range(seeds)]
+        mine = rows[self.world.rank :: self.world.size]
+        measured = self._measure(self.sample(student, mine), [row for row, _ in mine]) if mine else []
+        return self._summarise(measured, rows)
+
+    def evaluate_teacher(self) -> Summary:
+        """The same metrics of the teacher's own videos, through the same codec."""
+        rows = [(row, 0) for row in range(len(self.batch.prompts))]
+        mine = [row for row, _ in rows][self.world.rank :: self.world.size]
+        return self._summarise(self._measure(self.batch.latents[mine], mine) if mine else [], rows)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Pixels [N, F, height, width, 3] float32 in [0, 1]."""
+        return self.codec.decode(latents).cpu().numpy()
+
+    def _measure(self, latents: Tensor, prompt_rows: list[int]) -> list[dict[str, float]]:
+        constants, video = self.config.teacher.physics, self.config.video
+        return [
+            measure(
+                clip,
+                self.batch.prompts[row],
+                fps=video.fps,
+                gravity=constants.gravity,
+                restitution=constants.restitution,
+                background=constants.background,
+            )
+            for clip, row in zip(self.decode(latents), prompt_rows, strict=True)
+        ]
+
+    def _summarise(self, measured: list[dict[str, float]], rows: list[tuple[int, int]]) -> Summary:
+        """Put the ranks' shares back in the order of `rows`, so that sums do not depend on the number of ranks."""
+        shares = gather_objects(measured)
+        return summarise([shares[i % len(shares)][i // len(shares)] for i in range(len(rows))])
