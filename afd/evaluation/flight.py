@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONTACT_SLACK = 1.25
-"""Factor on the neighbouring displacement: the ball may be faster at the contact than a frame before."""
+CONTACT_SLACK = 1.5
+"""Factor on the neighbouring displacement: the ball may be faster at the contact than a frame before. At 10 fps and the
+world's own gravity 3 of 419 impacts, all grazing, stay unmarked; at 1.25 it is 10."""
 
 CONTACT_MARGIN = 0.02
 """Box widths added for the unknown radius and the pixel grid."""

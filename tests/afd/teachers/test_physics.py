@@ -16,7 +16,7 @@ FAST = PhysicsConstants(fps=10, height=32, width=32, supersample=3, soft_edge=0.
 def decode(mp4: bytes) -> tuple[np.ndarray, float]:
     import av
 
-    with av.open(io.BytesIO(mp4)) as container:
+    with av.open(io.BytesIO(mp4), mode="r") as container:
         stream = container.streams.video[0]
         rate = stream.average_rate
         assert rate is not None
