@@ -48,8 +48,9 @@ def add_noise_and_target_reference(x0: Tensor, eps: Tensor | PhiloxNoise, times:
 
 
 def philox_normal(noise: PhiloxNoise, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-    """Draw the noise a `PhiloxNoise` names: float32 of the given shape (Box-Muller on uniforms of 24 bits).
+    """Draw the noise a `PhiloxNoise` names: float32 of the given shape.
 
+    Box-Muller on uniforms at the centres of 2^23 cells of (0, 1): |noise| <= 5.77.
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10).
     """
     count = math.prod(shape)
@@ -61,7 +62,7 @@ def philox_normal(noise: PhiloxNoise, shape: Sequence[int], *, device: torch.dev
         high_b, low_b = _multiply(words[2], _ROUND_B)
         words = [high_b ^ words[1] ^ key_a, low_b, high_a ^ words[3] ^ key_b, low_a]
         key_a, key_b = (key_a + _KEY_A) & _MASK, (key_b + _KEY_B) & _MASK
-    uniform = [((word >> 8).to(torch.float64) + 0.5) * 2.0**-24 for word in words]
+    uniform = [((word >> 9).to(torch.float64) + 0.5) * 2.0**-23 for word in words]
     normals: list[Tensor] = []
     for u, angle in ((uniform[0], uniform[1]), (uniform[2], uniform[3])):
         radius = torch.sqrt(-2.0 * torch.log(u))

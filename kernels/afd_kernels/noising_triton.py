@@ -1,0 +1,119 @@
+"""Triton forward process: x_t and v* in one pass, the noise read or drawn in registers.
+
+Rows as in `nft_loss_triton`: C * F rows of H * W elements per sample, one time per row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from afd_kernels.launching import device_guard, element_tile
+from afd_kernels.noising_reference import PhiloxNoise
+
+GIVEN, QUADS, SINGLES = 0, 1, 2  # noise: read; four elements per counter; one element per thread (rows not % 4)
+_QUADS, _SINGLES = tl.constexpr(QUADS), tl.constexpr(SINGLES)
+
+
+@triton.jit
+def _pair_of_normals(first, second):
+    """Two standard normals from two random words: Box-Muller on the centres of 2^23 cells."""
+    uniform = ((first >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    angle = ((second >> 9).to(tl.float32) + 0.5) * (1.1920928955078125e-07 * 6.283185307179586)
+    radius = tl.sqrt(-2.0 * tl.log(uniform))
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def add_noise_and_target_kernel(
+    x0_ptr,
+    eps_ptr,
+    times_ptr,
+    x_t_ptr,
+    target_ptr,
+    num_rows,
+    num_frames,
+    row_size,
+    seed,
+    counter_offset,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NOISE: tl.constexpr,
+):
+    """x_t = x0 + t v* and v* = eps - x0 for ROWS rows x COLUMNS elements of one sample."""
+    sample = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < num_rows
+    time = tl.load(times_ptr + sample * num_frames + row % num_frames, mask=row_mask, other=0.0)[:, None]
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = row_mask[:, None] & (column < row_size)
+    start = sample * num_rows * row_size + row[:, None].to(tl.int64) * row_size
+    offset = start + column
+    x0 = tl.load(x0_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if NOISE == _QUADS:
+        quad = tl.program_id(2) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
+        word_0, word_1, word_2, word_3 = tl.randint4x(seed, counter_offset + start // 4 + quad)
+        normal_0, normal_1 = _pair_of_normals(word_0, word_1)
+        normal_2, normal_3 = _pair_of_normals(word_2, word_3)
+        eps = tl.interleave(tl.interleave(normal_0, normal_2), tl.interleave(normal_1, normal_3))
+    elif NOISE == _SINGLES:
+        word_0, word_1, word_2, word_3 = tl.randint4x(seed, counter_offset + offset // 4)
+        is_upper = offset % 4 >= 2
+        cosine, sine = _pair_of_normals(tl.where(is_upper, word_2, word_0), tl.where(is_upper, word_3, word_1))
+        eps = tl.where(offset % 2 == 0, cosine, sine)
+    else:
+        eps = tl.load(eps_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    target = eps - x0
+    tl.store(x_t_ptr + offset, (x0 + time * target).to(x_t_ptr.dtype.element_ty), mask=mask)
+    tl.store(target_ptr + offset, target.to(target_ptr.dtype.element_ty), mask=mask)
+
+
+@custom_op("afd_kernels::add_noise_and_target", mutates_args=())
+def add_noise_and_target_op(
+    x0: Tensor, eps: Tensor | None, times: Tensor, seed: int, offset: int
+) -> tuple[Tensor, Tensor]:
+    """x_t and v_target; x0, eps contiguous [N, C, F, H, W], times float32 [N, F]; eps None: Philox(seed, offset)."""
+    num_samples, channels, frames, height, width = x0.shape
+    num_rows, row_size = channels * frames, height * width
+    rows, columns = element_tile(num_rows, row_size)
+    noise = GIVEN if eps is not None else QUADS if row_size % 4 == 0 else SINGLES
+    x_t = torch.empty(x0.shape, device=x0.device, dtype=x0.dtype)
+    target = torch.empty(x0.shape, device=x0.device, dtype=x0.dtype)
+    with device_guard(x0):
+        add_noise_and_target_kernel[(num_samples, triton.cdiv(num_rows, rows), triton.cdiv(row_size, columns))](
+            x0, eps, times, x_t, target, num_rows, frames, row_size, seed, offset,
+            ROWS=rows, COLUMNS=columns, NOISE=noise, num_warps=4,
+        )  # fmt: skip
+    return x_t, target
+
+
+@add_noise_and_target_op.register_fake
+def _(x0, eps, times, seed, offset):
+    return x0.new_empty(x0.shape), x0.new_empty(x0.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, eps, times, _, _ = inputs
+    ctx.save_for_backward(times)
+    ctx.has_eps = eps is not None
+
+
+def _backward(ctx, grad_x_t, grad_target):
+    # The update never differentiates the noising; objectives that do (a GAN on noised states) pay one eager pass.
+    (times,) = ctx.saved_tensors
+    time = times[:, None, :, None, None]
+    grad_x0 = ((1 - time) * grad_x_t - grad_target).to(grad_x_t.dtype)
+    grad_eps = (time * grad_x_t + grad_target).to(grad_x_t.dtype) if ctx.has_eps else None
+    return grad_x0, grad_eps, None, None, None
+
+
+add_noise_and_target_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def add_noise_and_target_triton(x0: Tensor, eps: Tensor | PhiloxNoise, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (x_t, v_target); arguments as checked by `add_noise_and_target`, times [N, F]."""
+    times = times.to(torch.float32).contiguous()
+    if isinstance(eps, PhiloxNoise):
+        return add_noise_and_target_op(x0.contiguous(), None, times, eps.seed, eps.offset)
+    return add_noise_and_target_op(x0.contiguous(), eps.contiguous(), times, 0, 0)
