@@ -35,8 +35,8 @@ class PhysicsConstants(Section):
     """The same between two balls."""
     duration_s: Annotated[float, Field(gt=0)] = 1.5
     """Length of a clip; round(duration_s * fps) frames, the first at time 0."""
-    fps: Positive = 30
-    """Frames per second of a teacher video; preparation resamples to `video.fps`."""
+    fps: Positive = 24
+    """Frames per second of a teacher video; preparation resamples to `video.fps`, which 24 is on purpose no multiple of."""
     height: Positive = 64
     """Rows of a frame; preparation resizes to `video.height`."""
     width: Positive = 64

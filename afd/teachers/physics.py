@@ -7,11 +7,12 @@ Leaves out the parts: words and scenes (physics_scene), motion (physics_simulati
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
+from afd.config import PhysicsConstants
 from afd.teachers.base import FinishedVideo
 from afd.teachers.physics_render import render
 from afd.teachers.physics_scene import (
@@ -19,7 +20,6 @@ from afd.teachers.physics_scene import (
     RADII,
     Ball,
     InitialState,
-    PhysicsConstants,
     draw_initial_state,
     heldout_prompts,
     parse_prompt,
@@ -35,7 +35,6 @@ __all__ = [
     "Impact",
     "InitialState",
     "Motion",
-    "PhysicsConstants",
     "PhysicsTeacher",
     "Scene",
     "heldout_prompts",
@@ -94,7 +93,8 @@ def simulate_batch(
         )
     frames = np.empty((len(prompts), constants.num_frames, constants.height, constants.width, 3), dtype=np.uint8)
     for i, (prompt, seed, pull) in enumerate(zip(prompts, seeds, pulls, strict=True)):
-        frames[i] = render_scene(simulate(prompt, seed, replace(constants, gravity=float(pull))), constants, seed=seed)
+        pulled = constants.model_copy(update={"gravity": float(pull)})
+        frames[i] = render_scene(simulate(prompt, seed, pulled), constants, seed=seed)
     return frames
 
 
@@ -103,7 +103,7 @@ class PhysicsTeacher:
 
     def __init__(self, constants: PhysicsConstants | None = None) -> None:
         self._constants = constants or PhysicsConstants()
-        self._name = hashlib.sha256(repr(astuple(self._constants)).encode()).hexdigest()[:8]
+        self._name = hashlib.sha256(self._constants.model_dump_json().encode()).hexdigest()[:8]
 
     def generate(self, prompt: str, seed: int) -> FinishedVideo:
         """Simulate, draw and encode one clip; the same (prompt, seed) gives the same frames.

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from afd.teachers.physics_scene import COLOURS, PhysicsConstants
+from afd.config import PhysicsConstants
+from afd.teachers.physics_scene import COLOURS
 
 _LIGHT = np.array([-0.45, -0.60, 0.66], dtype=np.float32)
 _NOISE_STREAM = 7

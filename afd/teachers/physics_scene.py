@@ -50,58 +50,6 @@ _BALL = re.compile(
 
 
 @dataclass(frozen=True)
-class PhysicsConstants:
-    """Everything about the world that a prompt does not say. Lengths in box widths, y down, no air drag.
-
-    Args:
-        gravity: downward acceleration, boxes / s^2; any sign.
-        restitution: speed kept by the normal motion at a wall, the floor or the ceiling, in [0, 1].
-        ball_restitution: the same between two balls.
-        duration_s: length of a clip; `round(duration_s * fps)` frames, the first at time 0.
-        fps: frames per second. A multiple of the student's rate lets resampling pick exact instants; the default of
-            24 against 10 does not, on purpose, as with a real teacher.
-        height: rows of a frame.
-        width: columns of a frame.
-        supersample: samples per pixel and axis.
-        soft_edge: width of the ball's edge, in box widths; 0 is a hard disc.
-        shading: light the ball from the upper left, with a small highlight.
-        noise: standard deviation of the sensor noise, in [0, 1] units of intensity.
-        background: grey level of the background, in [0, 1].
-        crf: H.264 constant rate factor of the finished video.
-    """
-
-    gravity: float = 1.0
-    restitution: float = 0.8
-    ball_restitution: float = 0.9
-    duration_s: float = 1.5
-    fps: int = 24
-    height: int = 64
-    width: int = 64
-    supersample: int = 4
-    soft_edge: float = 0.01
-    shading: bool = True
-    noise: float = 0.005
-    background: float = 0.08
-    crf: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("restitution", "ball_restitution", "background"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("duration_s", "fps", "height", "width", "supersample"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("soft_edge", "noise", "crf"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-
-    @property
-    def num_frames(self) -> int:
-        """Frames of a clip."""
-        return max(1, round(self.duration_s * self.fps))
-
-
-@dataclass(frozen=True)
 class Ball:
     """What the prompt says about one ball; `speed` and `height` are None where the prompt is silent."""
 

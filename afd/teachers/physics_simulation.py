@@ -9,7 +9,8 @@ from math import hypot, inf, sqrt
 
 import numpy as np
 
-from afd.teachers.physics_scene import InitialState, PhysicsConstants
+from afd.config import PhysicsConstants
+from afd.teachers.physics_scene import InitialState
 
 MIN_REBOUND_SPEED = 0.02
 """Slowest rebound, boxes / s: a ball at rest hops by 2e-4 of the box instead of bouncing infinitely often."""

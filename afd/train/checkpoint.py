@@ -69,6 +69,7 @@ def save_checkpoint(
     averages: Mapping[str, ParameterAverage],
     state: dict[str, Any],
     config: str,
+    weights_metadata: Mapping[str, str] | None = None,
     keep: int = 2,
 ) -> Path:
     """Write one commit and publish it atomically; collective, between two steps.
@@ -80,15 +81,17 @@ def save_checkpoint(
         averages: by name.
         state: this rank's own progress, such as {"loader": ..., "trainer": ...}: plain values and tensors only.
         config: the resolved configuration's text.
+        weights_metadata: strings for the header of student.safetensors, such as the model's dimensions.
         keep: commits left after pruning, this one included; >= 1.
     Returns:
         The commit's folder.
     Raises:
-        ValueError: arguments, or a `state` that could not be read back without pickle.
+        ValueError: wrong arguments, or a `state` that could not be read back without pickle.
         OSError: not enough free space, or writing failed; on every rank.
     """
     if step < 0 or keep < 1 or STUDENT not in engines:
         raise ValueError(f"need step >= 0, keep >= 1 and a 'student' engine, got {step}, {keep}, {sorted(engines)}")
+    _check_plain(state, "state")
     output = Path(output_dir)
     final = output / commit_name(step)
     temporary = output / f"{final.name}.tmp-{broadcast_object(secrets.token_hex(4))}"
@@ -97,7 +100,7 @@ def save_checkpoint(
         engine.save_checkpoint(
             str(temporary / name), tag=TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
         )
-    _write_weights(temporary, engines[STUDENT], averages)
+    _write_weights(temporary, engines[STUDENT], averages, dict(weights_metadata or {}))
     _write_rank_state(temporary / "ranks" / f"rank_{world_rank():05d}.pt", state)
     _on_rank_0(lambda: write_durably(temporary / CONFIG, config))
     names = list_files(temporary)
@@ -161,10 +164,13 @@ def _estimated_bytes(engines: Mapping[str, Engine], averages: Mapping[str, Param
     return total
 
 
-def _write_weights(folder: Path, student: Engine, averages: Mapping[str, ParameterAverage]) -> None:
+def _write_weights(
+    folder: Path, student: Engine, averages: Mapping[str, ParameterAverage], metadata: dict[str, str]
+) -> None:
     """Write whole float32 weights and averages from rank 0; every rank takes part in the gathers."""
     weights = consolidated_weights(student)
-    _on_rank_0(lambda: save_file({name: each.contiguous() for name, each in weights.items()}, folder / STUDENT_WEIGHTS))
+    whole = {name: each.contiguous() for name, each in weights.items()}
+    _on_rank_0(lambda: save_file(whole, folder / STUDENT_WEIGHTS, metadata=metadata))
     for name, average in averages.items():
         values = average.state_dict()
         _on_rank_0(lambda file=folder / "averages" / f"{name}.safetensors", values=values: save_file(values, file))
@@ -172,11 +178,20 @@ def _write_weights(folder: Path, student: Engine, averages: Mapping[str, Paramet
 
 def _write_rank_state(path: Path, state: dict[str, Any]) -> None:
     torch.save({"random": random_state(), "state": state}, path)
-    try:
-        torch.load(path, weights_only=True)
-    except (RuntimeError, ValueError, OSError, ImportError, AttributeError) as error:
-        raise ValueError(f"state must hold tensors and plain Python values only: {error}") from None
     barrier()
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what `torch.load(weights_only=True)` could not read back; subclasses such as numpy's floats included."""
+    if type(value) is dict:
+        for key, child in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(child, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, child in enumerate(value):
+            _check_plain(child, f"{where}[{index}]")
+    elif type(value) not in (type(None), bool, int, float, str, bytes, Tensor):
+        raise ValueError(f"{where} must be a tensor or a plain Python value, got {type(value).__name__}")
 
 
 def random_state() -> dict[str, Any]:

@@ -7,6 +7,7 @@ whole once; whether it still is, `commit_problems` tells. What the files hold is
 
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ LATEST = "latest"
 LOCK = ".run.lock"
 PICKLES = (".pt", ".pth", ".bin", ".pkl")
 _COMMIT = re.compile(r"step_(\d{8,})")
+_PREVIOUS = "previous-"
 _LEFTOVER = re.compile(r"step_\d{8,}\.tmp-[0-9a-z]+")
 
 
@@ -164,6 +166,27 @@ def _set_aside(folder: Path) -> None:
     os.rename(folder, aside)
 
 
+def set_aside_run(output_dir: Path, *, keep: Iterable[str] = ()) -> Path | None:
+    """Move an earlier run's files into `previous-<k>` inside its folder, so that a fresh run overwrites nothing.
+
+    Args:
+        output_dir: the run's folder; the caller holds its lock.
+        keep: names that stay, beside the lock and earlier `previous-<k>`.
+    Returns:
+        The new folder, or None where there was nothing to move.
+    """
+    entries = [entry for entry in output_dir.iterdir() if entry.name not in {LOCK, *keep}]
+    entries = [entry for entry in entries if not entry.name.startswith(_PREVIOUS)]
+    if not entries:
+        return None
+    number = next(k for k in itertools.count(1) if not (output_dir / f"{_PREVIOUS}{k}").exists())
+    folder = output_dir / f"{_PREVIOUS}{number}"
+    folder.mkdir()
+    for entry in entries:
+        entry.rename(folder / entry.name)
+    return folder
+
+
 def write_durably(path: Path, text: str) -> None:
     """Write a text file and flush it to the disk."""
     with open(path, "w") as file:
@@ -193,6 +216,24 @@ class RunLock:
         self._path = Path(output_dir) / LOCK
         self._file: Any = None
 
+    def check(self) -> None:
+        """Say before any collective that another run holds the lock; any rank may ask, nothing is kept.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        if not self._path.exists():
+            return
+        with open(self._path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(self._problem(file.read())) from None
+
+    def _problem(self, holder: str) -> str:
+        who = holder.strip() or "an unknown process"
+        return f"output folder {self._path.parent} is in use by another run: {who}"
+
     def __enter__(self) -> "RunLock":
         problem = broadcast_object(self._acquire() if world_rank() == 0 else None)
         if problem:
@@ -207,9 +248,9 @@ class RunLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "an unknown process"
+            problem = self._problem(file.read())
             file.close()
-            return f"output folder {self._path.parent} is in use by another run: {holder}"
+            return problem
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -217,7 +217,13 @@ def batch_arithmetic(ds_config: DSConfig, world_size: int) -> tuple[int, int, in
     return total, micro or total // known, accumulation or total // known
 
 
-def build_engine(module: nn.Module, ds_config: DSConfig, *, lr: float | None = None) -> Engine:
+def build_engine(
+    module: nn.Module,
+    ds_config: DSConfig,
+    *,
+    lr: float | None = None,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+) -> Engine:
     """Wrap a module in a DeepSpeed engine; only parameters that require a gradient reach the optimizer.
 
     Weights become rank 0's. With `"torch_adam": true` nothing is compiled at run time on a CPU; the shared-memory
@@ -227,6 +233,7 @@ def build_engine(module: nn.Module, ds_config: DSConfig, *, lr: float | None = N
         module: any module on this process's device or on the CPU; converted in place (dtype, ZeRO-3 shards).
         ds_config: as `load_ds_config` returns it; not modified.
         lr: replaces the JSON's learning rate.
+        leaf_modules: classes that ZeRO-3 gathers as a whole, with one collective for all their parameters.
     Raises:
         ValueError: the configuration is wrong for this world, the module trains nothing, or no process group.
     """
@@ -240,7 +247,10 @@ def build_engine(module: nn.Module, ds_config: DSConfig, *, lr: float | None = N
     config = copy.deepcopy(ds_config)
     if lr is not None:
         config["optimizer"]["params"]["lr"] = lr
-    return _import_deepspeed().initialize(model=module, model_parameters=trainable, config=config)[0]
+    deepspeed = _import_deepspeed()
+    if leaf_modules and config.get("zero_optimization", {}).get("stage") == 3:
+        deepspeed.utils.set_z3_leaf_modules(module, list(leaf_modules))
+    return deepspeed.initialize(model=module, model_parameters=trainable, config=config)[0]
 
 
 def _import_deepspeed() -> Any:

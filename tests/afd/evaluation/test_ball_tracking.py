@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from afd.config import PhysicsConstants
 from afd.evaluation.ball_tracking import track_balls
-from afd.teachers.physics import PhysicsConstants, heldout_prompts, render_scene, simulate
+from afd.teachers.physics import heldout_prompts, render_scene, simulate
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 48), (30, 42)])

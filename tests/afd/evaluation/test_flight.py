@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from afd.config import PhysicsConstants
 from afd.evaluation.flight import find_contacts, fit_polynomial, flight_runs
-from afd.teachers.physics import PhysicsConstants, simulate, training_prompts
+from afd.teachers.physics import simulate, training_prompts
 
 
 @pytest.mark.parametrize("gravity", [0.0, 0.33, 1.0, 1.5])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from afd.config import PhysicsConstants
 from afd.evaluation.physics import METRICS, measure, summarise
 from afd.models.dct_codec import DCTCodec
-from afd.teachers.physics import PhysicsConstants, Scene, heldout_prompts, render, simulate, training_prompts
+from afd.teachers.physics import Scene, heldout_prompts, render, simulate, training_prompts
 
 STUDENT = PhysicsConstants(fps=10, height=32, width=32, supersample=3, soft_edge=0.0, shading=False, noise=0.0)
 PROMPTS = tuple(heldout_prompts(20) + training_prompts(20))

@@ -1,13 +1,13 @@
 """The built-in teacher as a black box, and its batch renderer."""
 
 import io
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from afd.config import PhysicsConstants
 from afd.teachers.base import FinishedVideo, Teacher
-from afd.teachers.physics import PhysicsConstants, PhysicsTeacher, render_scene, simulate, simulate_batch
+from afd.teachers.physics import PhysicsTeacher, render_scene, simulate, simulate_batch
 
 PROMPT = "a small red ball is thrown to the left at high speed"
 FAST = PhysicsConstants(fps=10, height=32, width=32, supersample=3, soft_edge=0.0, shading=False, noise=0.0)
@@ -56,12 +56,12 @@ def test_batch_equals_single_clips_and_takes_a_gravity_each() -> None:
     frames = simulate_batch(prompts, [3, 4], FAST, gravities=[0.5, 1.5])
     assert frames.shape == (2, 15, 32, 32, 3)
     for i, gravity in enumerate((0.5, 1.5)):
-        constants = replace(FAST, gravity=gravity)
+        constants = FAST.model_copy(update={"gravity": gravity})
         np.testing.assert_array_equal(frames[i], render_scene(simulate(prompts[i], 3 + i, constants), constants))
 
 
 def test_gravity_does_not_change_the_draws() -> None:
-    earth, moon = (simulate(PROMPT, 9, replace(FAST, gravity=gravity)).motion for gravity in (1.0, 0.2))
+    earth, moon = (simulate(PROMPT, 9, FAST.model_copy(update={"gravity": gravity})).motion for gravity in (1.0, 0.2))
     np.testing.assert_array_equal(earth.position[0], moon.position[0])
     np.testing.assert_array_equal(earth.velocity[0], moon.velocity[0])
     assert not np.allclose(earth.position[5], moon.position[5])

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from afd.config import PhysicsConstants
 from afd.teachers.physics_render import render
-from afd.teachers.physics_scene import COLOURS, PhysicsConstants
+from afd.teachers.physics_scene import COLOURS
 
 HARD = PhysicsConstants(height=32, width=32, supersample=3, soft_edge=0.0, shading=False, noise=0.0)
 

@@ -1,16 +1,15 @@
 """Words, prompt sets and initial states of the built-in world."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from afd.config import PhysicsConstants
 from afd.teachers.physics_scene import (
     RADII,
     THROW_SPEEDS,
     Ball,
-    PhysicsConstants,
     draw_initial_state,
     heldout_prompts,
     parse_prompt,
@@ -109,5 +108,5 @@ def test_same_seed_and_prompt_same_start_other_seed_another() -> None:
     ("field", "value"), [("restitution", 1.2), ("fps", 0), ("duration_s", -1.0), ("noise", -0.1), ("background", 2.0)]
 )
 def test_constants_reject_nonsense(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{field} must"):
-        replace(PhysicsConstants(), **{field: value})
+    with pytest.raises(ValueError, match=field):
+        PhysicsConstants(**{field: value})

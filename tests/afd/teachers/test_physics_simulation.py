@@ -1,13 +1,11 @@
 """The world's motion against closed forms and conservation laws."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
+from afd.config import PhysicsConstants
 from afd.teachers.physics_scene import (
     InitialState,
-    PhysicsConstants,
     draw_initial_state,
     parse_prompt,
     training_prompts,
@@ -15,7 +13,7 @@ from afd.teachers.physics_scene import (
 from afd.teachers.physics_simulation import MIN_REBOUND_SPEED, integrate
 
 LONG = PhysicsConstants(duration_s=4.0, fps=50)
-ELASTIC = replace(LONG, restitution=1.0, ball_restitution=1.0)
+ELASTIC = LONG.model_copy(update={"restitution": 1.0, "ball_restitution": 1.0})
 
 
 def start_of(position: list, velocity: list, radius: list) -> InitialState:
@@ -61,7 +59,7 @@ def test_energy_is_conserved_at_restitution_one() -> None:
 
 
 def test_energy_never_grows_for_any_prompt() -> None:
-    constants = replace(LONG, duration_s=1.5)
+    constants = LONG.model_copy(update={"duration_s": 1.5})
     for seed, prompt in enumerate(training_prompts(150)):
         motion = integrate(draw_initial_state(parse_prompt(prompt), seed, prompt), constants)
         slack = MIN_REBOUND_SPEED**2 * motion.radius.max() ** 2
@@ -85,7 +83,7 @@ def test_ball_collision_conserves_momentum_and_obeys_restitution() -> None:
 
 def test_balls_stay_in_the_box_and_apart() -> None:
     for gravity in (-0.5, 0.0, 1.0, 2.5):
-        constants = replace(LONG, gravity=gravity, duration_s=1.5)
+        constants = LONG.model_copy(update={"gravity": gravity, "duration_s": 1.5})
         for seed, prompt in enumerate(training_prompts(60)):
             motion = integrate(draw_initial_state(parse_prompt(prompt), seed, prompt), constants)
             radius = motion.radius[None, :, None]

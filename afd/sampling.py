@@ -1,0 +1,34 @@
+"""From a student and a sentence to an mp4: text encoding, rollout, decoding, encoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from afd.config import RunConfig
+from afd.data.video import encode_video
+from afd.diffusion.flow_matching import sampler_grid
+from afd.models.encoders import latent_shape, load_codec, load_text_encoder
+from afd.models.student import CausalStudent
+from afd.rollout import rollout, rollout_noise
+
+
+def sample_video(
+    student: CausalStudent, config: RunConfig, prompt: str, out: Path, *, seed: int, scale: int = 1
+) -> None:
+    """Generate one video and write it.
+
+    Args:
+        student: bare module.
+        config: the run's: sampler, encoders, video format.
+        prompt: any sentence the text encoder can read.
+        out: mp4 file.
+        seed: of the rollout's noise.
+        scale: enlargement for watching.
+    Raises:
+        ValueError: the text encoder does not know a word of the prompt.
+    """
+    embeds = load_text_encoder(config.encoders).encode([prompt])
+    times = sampler_grid(config.rollout.steps, shift=config.rollout.shift)
+    noise = rollout_noise([(seed,)], len(times), latent_shape(config.encoders, config.video))
+    video = load_codec(config.encoders).decode(rollout(student, embeds, noise, times))
+    encode_video(video[0].numpy(), out, fps=config.video.fps, scale=scale)

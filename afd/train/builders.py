@@ -1,0 +1,64 @@
+"""Configuration to live objects: the one place where sections are taken apart for training."""
+
+from __future__ import annotations
+
+import torch
+
+from afd.config import AveragesSection, RunConfig
+from afd.distributed import World
+from afd.models.discriminator import LatentDiscriminator
+from afd.models.lora import add_lora
+from afd.models.student import CausalBlock, CausalStudent
+from afd.models.weights import load_student
+from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_ramp_to_half
+from afd.train.engines import DSConfig, build_engine
+from afd.train.objectives import Roles
+from afd.train.preflight import RunPlan
+
+_DISCRIMINATOR_SEED_OFFSET = 7919
+
+
+def build_roles(
+    config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
+) -> Roles:
+    """Both engines and the three averages of a run; collective."""
+    student = build_student(config, plan).to(world.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + _DISCRIMINATOR_SEED_OFFSET)
+        discriminator = LatentDiscriminator(config.discriminator.shape).to(world.device)
+    student_engine = build_engine(student, ds_student, leaf_modules=(CausalBlock,))
+    averages = config.averages
+    return Roles(
+        student=student_engine,
+        discriminator=build_engine(discriminator, ds_discriminator),
+        old=ParameterAverage(student_engine, decay=_old_policy_decay(averages), name="old"),
+        ema=ParameterAverage(student_engine, decay=averages.ema_decay, name="ema"),
+        reference=ParameterAverage(student_engine, decay=1.0, name="reference"),
+    )
+
+
+def build_student(config: RunConfig, plan: RunPlan) -> CausalStudent:
+    """The initial student, with adapters when LoRA is asked for."""
+    return prepare_student(load_student(plan.student_path), config)
+
+
+def prepare_student(student: CausalStudent, config: RunConfig) -> CausalStudent:
+    """Give a student what the run's configuration asks for beyond its weights; in place."""
+    if config.student.attention_impl is not None:
+        student.shape = student.shape.model_copy(update={"attention_impl": config.student.attention_impl})
+    lora = config.student.lora
+    if lora.rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    student.gradient_checkpointing = config.student.gradient_checkpointing
+    return student
+
+
+def _old_policy_decay(section: AveragesSection) -> Decay:
+    """The old policy's decay or schedule."""
+    return {
+        "constant": section.old_policy_decay,
+        "slow": decay_ramp_to_half,
+        "delayed": decay_after_75,
+    }[section.old_policy]

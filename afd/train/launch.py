@@ -1,0 +1,192 @@
+"""Starts a run: what `launch/train.py` and `afd train` share, from parsed arguments to exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from afd.config import RunConfig
+from afd.config_file import ConfigError, dump_config, load_config
+from afd.distributed import World, barrier, broadcast_object, close_world, init_world
+from afd.evaluation.report import terminal_table
+from afd.preparation import prepare_shards
+from afd.tracking import MLflowTracker, NullTracker, Tracker
+from afd.train.commit import RunLock, list_commits, set_aside_run
+from afd.train.engines import DSConfig, load_ds_config
+from afd.train.preflight import RunPlan, describe_plan, plan_run
+
+logger = logging.getLogger(__name__)
+
+USER_ERROR = 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the training command."""
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py", description="Distil a black-box video teacher into a causal student (AFD)."
+    )
+    parser.add_argument("--ds_config", "--deepspeed_config", type=Path, default=Path("configs/zero3.json"),
+                        help="DeepSpeed JSON of the student's engine (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"),
+                        help="YAML configuration (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--output_dir", type=Path, help="where the run is written (overrides the configuration)")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue the run in the output folder; the default when it holds a commit")  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="start over; an earlier run in the folder is set aside")
+    parser.add_argument("--dry_run", action="store_true", help="print what would run and stop; touches nothing")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="dotted overrides")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; returns the exit code: 0, or 2 for wrong input, said in one line."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    try:
+        return _run(build_parser().parse_intermixed_args(argv))
+    except (ConfigError, ValueError, OSError) as error:
+        if os.environ.get("AFD_TRACEBACK"):
+            raise
+        if rank == 0:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return USER_ERROR
+    finally:
+        close_world()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.output_dir is not None:
+        overrides.append(f"output_dir={arguments.output_dir}")
+    if arguments.resume and arguments.fresh:
+        raise ConfigError("--resume and --fresh contradict each other, got both")
+    config = load_config(arguments.config, overrides)
+    ds_student = load_ds_config(arguments.ds_config)
+    ds_discriminator = load_ds_config(config.discriminator.ds_config)
+    plan = plan_run(config, ds_student, ds_discriminator, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if arguments.resume and not list_commits(config.output_dir / "checkpoints"):
+        raise ConfigError(f"--resume: {config.output_dir / 'checkpoints'} must hold a commit, got none")
+    RunLock(config.output_dir).check()
+    if arguments.dry_run:
+        if int(os.environ.get("RANK", "0")) == 0:
+            sys.stdout.write(describe_plan(config, plan, ds_student) + "\n")
+        return 0
+    return _train(config, plan, ds_student, ds_discriminator, is_fresh=arguments.fresh)
+
+
+def _train(
+    config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, is_fresh: bool
+) -> int:
+    world = init_world(config.timeout_s)
+    output = config.output_dir
+    with RunLock(output):
+        if is_fresh and world.is_main:
+            moved = set_aside_run(output, keep=["data"])
+            if moved is not None:
+                logger.info("an earlier run was set aside in %s", moved)
+        barrier()
+        if config.teacher.kind == "physics":
+            _prepare_on_main(config, is_main=world.is_main)
+        # Heavy imports wait until everything cheap has been checked.
+        from afd.train.builders import build_roles
+        from afd.train.trainer import Trainer
+
+        resumed_step = broadcast_object(_newest_step(output))
+        tracker: Tracker = NullTracker()
+        if world.is_main:
+            (output / "config.yaml").write_text(dump_config(config))
+            tracker = _open_tracker(config, plan, ds_student, ds_discriminator, resumed_step)
+        roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
+        trainer = Trainer(config, plan, roles, tracker, world=world)
+        try:
+            report = trainer.run(_run_facts(plan, world))
+        except BaseException:
+            tracker.close("FAILED")
+            raise
+        tracker.close("FINISHED")
+        if world.is_main:
+            sys.stdout.write(f"\n{terminal_table(trainer.evaluation)}\n\nreport: {report}\n")
+    return 0
+
+
+def _prepare_on_main(config: RunConfig, *, is_main: bool) -> None:
+    """Write the teacher's shards on rank 0; a failure reaches every rank instead of hanging them."""
+    problem = None
+    if is_main:
+        try:
+            prepare_shards(config, overwrite=config.data.train_shards is None)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
+
+
+def _open_tracker(
+    config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, resumed_step: int | None
+) -> Tracker:
+    params = {
+        **config.model_dump(mode="json", exclude={"pretrain"}),
+        "ds_student": ds_student,
+        "ds_discriminator": ds_discriminator,
+        "ranks": plan.world_size,
+    }
+    return MLflowTracker(
+        config.output_dir,
+        config.tracking.experiment,
+        config.output_dir.name,
+        params,
+        tags={"commit": _git_commit()},
+        resumed_step=resumed_step,
+    )
+
+
+def _run_facts(plan: RunPlan, world: World) -> dict[str, object]:
+    """What the report says about where and with what a run was made."""
+    names = ("torch", "deepspeed", "transformers", "diffusers", "triton", "mosaicml-streaming", "mlflow-skinny")
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name()
+    return {
+        "started_at": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": device,
+        "ranks": world.size,
+        "commit": _git_commit(),
+        "student_parameters": plan.num_parameters,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU: {models[0] if models else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _git_commit() -> str:
+    """The checkout's commit, with `-dirty` for uncommitted changes; `unknown` outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _newest_step(output: Path) -> int | None:
+    commits = list_commits(output / "checkpoints")
+    return commits[0][0] if commits else None

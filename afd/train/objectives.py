@@ -1,0 +1,156 @@
+"""The training objectives: one function per method, each reading like its paper's algorithm box."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd.config import RunConfig
+from afd.diffusion.advantage import group_advantage, normalise_advantage, optimality_weight
+from afd.diffusion.flow_matching import sampler_grid
+from afd.distributed import World, gather_cat, seeded_generator
+from afd.rollout import rollout, rollout_noise
+from afd.train.averaging import ParameterAverage
+from afd.train.discriminator_update import score, update_discriminator
+from afd.train.engines import Engine, gathered
+from afd.train.student_update import make_noised_states, update_student, velocities_of
+from afd.types import Rollout, VideoBatch
+
+ROLLOUT, DISCRIMINATOR, FORWARD, EVALUATION = range(4)  # seed streams: no two uses share random numbers
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Everything that learns or lags: two engines and three averages of the student."""
+
+    student: Engine
+    discriminator: Engine
+    old: ParameterAverage
+    ema: ParameterAverage
+    reference: ParameterAverage
+
+
+class StepTimer:
+    """Wall time of the phases of a step, seconds, as `time/<phase>_s`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the enclosed time to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"time/{name}_s"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+def sample_generators(batch: VideoBatch, group_size: int, *keys: int) -> list[torch.Generator]:
+    """One generator per rollout, from (keys, sample id, g): the same on any number of ranks."""
+    return [seeded_generator(*keys, int(i), g) for i in batch.sample_ids.tolist() for g in range(group_size)]
+
+
+def roll_out(roles: Roles, batch: VideoBatch, config: RunConfig, step: int, *, world: World) -> Rollout:
+    """x^S: G student samples per prompt by the configured policy, parameters gathered once, no gradient."""
+    group_size, section = config.rollout.group_size, config.rollout
+    times = sampler_grid(section.steps, shift=section.shift)
+    ids = batch.sample_ids.tolist()
+    keys = [(config.seed, ROLLOUT, step, i, g) for i in ids for g in range(group_size)]
+    noise = rollout_noise(keys, len(times), batch.latents.shape[1:]).to(batch.latents)
+    embeds = batch.prompt_embeds.repeat_interleave(group_size, dim=0)
+    micro = roles.student.train_micro_batch_size_per_gpu()
+    with ExitStack() as stack:
+        if section.policy == "ema":
+            stack.enter_context(roles.old.applied())
+        student = stack.enter_context(gathered(roles.student))
+        parts = zip(embeds.split(micro), noise.split(micro), strict=True)
+        latents = torch.cat([rollout(student, prompt, eps, times) for prompt, eps in parts])
+    first = world.rank * len(ids)
+    group_ids = torch.arange(first, first + len(ids)).repeat_interleave(group_size)
+    return Rollout(latents, embeds, group_ids, batch.sample_ids.repeat_interleave(group_size))
+
+
+def weigh(scores: Tensor, config: RunConfig, *, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+    """Optimality weights [N] of this rank's rollouts from the scores of all ranks, and their statistics."""
+    nft, group_size = config.nft, config.rollout.group_size
+    every = gather_cat(scores)  # [N x ranks], so that group, batch and global statistics mean what they say
+    advantage = group_advantage(every, group_size=group_size, baseline=nft.baseline)
+    normal = normalise_advantage(advantage, group_size=group_size, by=nft.normalise_by)
+    clip = 1.0 if nft.normalise_by == "minmax" else nft.advantage_clip
+    weight = optimality_weight(normal, clip=clip)
+    spread = every.view(-1, group_size).std(dim=1, correction=0)
+    metrics = {
+        "rollout/score_mean": every.mean(),
+        "rollout/score_std": every.std(correction=0),
+        "rollout/zero_std_share": (spread < 1e-6).float().mean(),
+        "weight/mean": weight.mean(),
+        "weight/std": weight.std(correction=0),
+        "weight/min": weight.min(),
+        "weight/max": weight.max(),
+    }
+    start = world.rank * scores.numel()
+    return weight[start : start + scores.numel()], metrics
+
+
+def warmup_step(
+    roles: Roles, teacher: VideoBatch, config: RunConfig, step: int, *, world: World, timer: StepTimer
+) -> dict[str, Tensor]:
+    """Discriminator only: the student does not move until D has something to say."""
+    with timer.phase("rollout"):
+        x_s = roll_out(roles, teacher, config, step, world=world)
+    with timer.phase("discriminator"):
+        generators = sample_generators(teacher, config.rollout.group_size, config.seed, DISCRIMINATOR, step)
+        return update_discriminator(roles.discriminator, teacher, x_s, config.discriminator, generators)
+
+
+def afd_step(
+    roles: Roles, teacher: VideoBatch, config: RunConfig, step: int, *, world: World, timer: StepTimer
+) -> dict[str, Tensor]:
+    """One step of Adversarial Flow Distillation (arXiv 2605.26105); numbers as in the README's algorithm box.
+
+    Args:
+        roles: engines and averages; all are updated.
+        teacher: this rank's B prompts y with finished teacher videos x^T (1).
+        config: the run's.
+        step: counts all steps, warm-up included; seeds every random choice.
+        world: this process's place.
+        timer: receives the phases' seconds.
+    Returns:
+        Scalars averaged over all ranks.
+    """
+    nft, group_size = config.nft, config.rollout.group_size
+    with timer.phase("rollout"):
+        x_s = roll_out(roles, teacher, config, step, world=world)  # (2)
+    metrics: dict[str, Tensor] = {}
+    with timer.phase("discriminator"):
+        for repeat in range(config.discriminator.steps_per_student_step):  # (3)
+            generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, repeat)
+            metrics |= update_discriminator(roles.discriminator, teacher, x_s, config.discriminator, generators)
+    with timer.phase("score"):
+        scores = score(roles.discriminator, x_s.latents, x_s.prompt_embeds)
+        w, weight_metrics = weigh(scores, config, world=world)  # (4)
+    times = sampler_grid(config.rollout.steps, shift=config.rollout.shift)
+    chunk_frames = roles.student.module.shape.chunk_frames
+    with timer.phase("update"):
+        for repeat in range(nft.updates_per_rollout):
+            generators = sample_generators(teacher, group_size, config.seed, FORWARD, step, repeat)
+            states = make_noised_states(
+                x_s, generators, nft, grid=times, shift=config.rollout.shift, chunk_frames=chunk_frames
+            )  # (5)
+            is_lagging = config.rollout.policy == "ema"
+            v_old = velocities_of(roles.student, roles.old, states, x_s.prompt_embeds) if is_lagging else None
+            has_prior = nft.prior_weight > 0
+            v_ref = velocities_of(roles.student, roles.reference, states, x_s.prompt_embeds) if has_prior else None
+            metrics |= update_student(
+                roles.student, states, x_s.prompt_embeds, w, nft, v_old=v_old, v_ref=v_ref
+            )  # (6), (7)
+            roles.old.update(roles.student.global_steps)
+            roles.ema.update(roles.student.global_steps)
+    return metrics | weight_metrics

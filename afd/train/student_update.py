@@ -1,0 +1,118 @@
+"""One optimizer step of the student: DiffusionNFT on its own noised rollouts, weighted by the discriminator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from afd.config import NFTSection
+from afd.diffusion.flow_matching import chunk_times
+from afd.distributed import all_reduce_mean
+from afd.train.averaging import ParameterAverage
+from afd.train.engines import Engine
+from afd.types import NoisedStates, Rollout
+from afd_kernels import add_noise_and_target, nft_loss
+
+
+def make_noised_states(
+    rollout: Rollout, generators: list[torch.Generator], section: NFTSection, *, grid: Sequence[float], shift: float,
+    chunk_frames: int,
+) -> NoisedStates:  # fmt: skip
+    """The forward process on the student's own samples: one time per chunk, fresh noise.
+
+    Args:
+        rollout: N clean samples.
+        generators: one per row, so that a row's noise depends neither on ranks nor on batching.
+        section: how times are drawn.
+        grid: the sampler's times.
+        shift: the sampler's time shift.
+        chunk_frames: K.
+    """
+    x0 = rollout.latents
+    num_frames = x0.shape[2]
+    uniforms = torch.stack([torch.rand(num_frames // chunk_frames, generator=g) for g in generators])
+    t = chunk_times(
+        uniforms,
+        num_frames=num_frames,
+        chunk_frames=chunk_frames,
+        sampling=section.time_sampling,
+        grid=grid,
+        shift=shift,
+    ).to(x0.device)  # [N, F]
+    eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
+    x_t, v_target = add_noise_and_target(x0, eps, t)
+    return NoisedStates(x_t=x_t, v_target=v_target, t=t, clean=x0)
+
+
+@torch.no_grad()
+def velocities_of(
+    engine: Engine, average: ParameterAverage | None, states: NoisedStates, prompt_embeds: Tensor
+) -> Tensor:
+    """Velocity [N, C, F, H, W] of an average (or of the student itself) in the teacher-forcing layout, no gradient."""
+    with average.applied() if average is not None else nullcontext():
+        return torch.cat([engine(*part, clean=clean) for *part, clean in _micro_batches(engine, states, prompt_embeds)])
+
+
+def _micro_batches(
+    engine: Engine, states: NoisedStates, prompt_embeds: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    micro = engine.train_micro_batch_size_per_gpu()
+    tensors = (states.x_t, states.t, prompt_embeds, states.clean)
+    return list(zip(*(tensor.split(micro) for tensor in tensors), strict=True))
+
+
+def update_student(
+    engine: Engine,
+    states: NoisedStates,
+    prompt_embeds: Tensor,
+    weight: Tensor,
+    section: NFTSection,
+    *,
+    v_old: Tensor | None,
+    v_ref: Tensor | None,
+) -> dict[str, Tensor]:
+    """Minimise L = L_NFT + lambda L_prior once over this rank's samples.
+
+    Args:
+        engine: the student's; its micro batch times accumulation is this rank's N.
+        states: noised rollouts.
+        prompt_embeds: [N, L, D].
+        weight: [N] optimality weights in [0, 1].
+        section: variant, nft_beta, prior weight, clip.
+        v_old: [N, C, F, H, W] old policy's velocity; None takes stopgrad(v).
+        v_ref: [N, C, F, H, W] initial student's velocity; None where the prior weight is 0.
+    Returns:
+        `student/loss`, `student/flow_error` = mean |v - v*|^2, `student/old_deviation` = mean |v - v_old|^2,
+        `student/prior` = mean |v - v_ref|^2: scalars averaged over all ranks.
+    """
+    micro = engine.train_micro_batch_size_per_gpu()
+    totals = torch.zeros(4, device=weight.device)
+    for index, (x_t, t, prompt, clean) in enumerate(_micro_batches(engine, states, prompt_embeds)):
+        rows = slice(index * micro, (index + 1) * micro)
+        v = engine(x_t, t, prompt, clean=clean)
+        old = None if v_old is None else v_old[rows]
+        ref = None if v_ref is None else v_ref[rows]
+        per_sample = nft_loss(
+            v,
+            old,
+            states.v_target[rows],
+            t,
+            weight[rows],
+            nft_beta=section.nft_beta,
+            v_ref=ref,
+            prior_weight=section.prior_weight if ref is not None else 0.0,
+            variant=section.variant,
+            advantage_clip=section.advantage_clip,
+        )
+        loss = per_sample.mean()
+        engine.backward(loss)
+        engine.step()
+        with torch.no_grad():
+            others = (states.v_target[rows], v if old is None else old, v if ref is None else ref)
+            errors = [(v - other).float().square().mean() for other in others]
+            totals += torch.stack([loss.detach(), *errors]) * (len(x_t) / len(weight))
+    names = ("student/loss", "student/flow_error", "student/old_deviation", "student/prior")
+    return dict(zip(names, all_reduce_mean(totals), strict=True))

@@ -1,0 +1,200 @@
+"""The run: a loop over steps that measures, saves, and leaves a report. The step itself is objectives.py's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from afd.config import RunConfig
+from afd.config_file import dump_config
+from afd.data.loader import build_loader, read_all
+from afd.distributed import World
+from afd.evaluation.heldout import HeldoutEvaluator, Summary
+from afd.evaluation.report import build_report
+from afd.evaluation.samples import write_samples
+from afd.models.encoders import load_codec
+from afd.preparation import shard_folders
+from afd.tracking import Tracker
+from afd.train.averaging import ParameterAverage
+from afd.train.checkpoint import find_commit, load_checkpoint, save_checkpoint
+from afd.train.engines import gathered
+from afd.train.objectives import Roles, StepTimer, afd_step, warmup_step
+from afd.train.preflight import RunPlan
+from afd.types import VideoBatch
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run from its roles to its report; every method is called by all ranks."""
+
+    def __init__(self, config: RunConfig, plan: RunPlan, roles: Roles, tracker: Tracker, *, world: World) -> None:
+        self.config, self.plan, self.roles, self.tracker, self.world = config, plan, roles, tracker, world
+        self.step = 0  # student steps done
+        self.evaluation: dict[str, Summary] = {}
+        train_shards, heldout_shards = shard_folders(config)
+        self.loader = build_loader(
+            train_shards,
+            batch_size_per_rank=plan.prompts_per_rank,
+            world_size=world.size,
+            rank=world.rank,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        )
+        self.evaluator = HeldoutEvaluator(read_all(heldout_shards), load_codec(config.encoders), config, world)
+        self._samples: dict[str, np.ndarray] = {}
+
+    @property
+    def _averages(self) -> dict[str, ParameterAverage]:
+        return {"old": self.roles.old, "ema": self.roles.ema, "reference": self.roles.reference}
+
+    @property
+    def _engines(self) -> dict[str, Any]:
+        return {"student": self.roles.student, "discriminator": self.roles.discriminator}
+
+    def run(self, facts: dict[str, Any]) -> Path | None:
+        """Train to the configured number of steps.
+
+        Args:
+            facts: where and with what the run is made; goes to run.json with the duration.
+        Returns:
+            The report's path on rank 0.
+        """
+        started = time.perf_counter()
+        self._resume()
+        if "base" not in self.evaluation:
+            self.evaluation["teacher"] = self.evaluator.evaluate_teacher()
+            self.evaluation["base"] = self._evaluate(self.roles.reference)
+            self._warm_up()
+        for step in self._progress(self.step, self.config.num_steps, "AFD"):
+            metrics = self._train_step(step)
+            self._log(step + 1, metrics)
+            self.step = step + 1
+            self._at_intervals()
+        return self._finish({**facts, "duration_s": round(time.perf_counter() - started, 1)})
+
+    def _warm_up(self) -> None:
+        """Discriminator-only steps; their curve goes to warmup.jsonl, the student's steps start at 1 after them."""
+        rows = []
+        for step in self._progress(0, self.config.discriminator.warmup_steps, "discriminator warm-up"):
+            metrics = warmup_step(
+                self.roles, self._next_batch(), self.config, step, world=self.world, timer=StepTimer()
+            )
+            rows.append({"step": step + 1, **_to_floats(metrics)})
+        if self.world.is_main:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (self.config.output_dir / "warmup.jsonl").write_text(text)
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        timer = StepTimer()
+        start = time.perf_counter()
+        with timer.phase("data"):
+            batch = self._next_batch()
+        seeded_step = self.config.discriminator.warmup_steps + step
+        metrics = afd_step(self.roles, batch, self.config, seeded_step, world=self.world, timer=timer)
+        floats = _to_floats(metrics)  # the step's only device synchronisation for logging
+        return {**floats, **timer.seconds, "time/step_s": time.perf_counter() - start}
+
+    def _next_batch(self) -> VideoBatch:
+        batch = next(self.loader)
+        device = self.world.device
+        return VideoBatch(batch.sample_ids, batch.prompts, batch.latents.to(device), batch.prompt_embeds.to(device))
+
+    def _at_intervals(self) -> None:
+        evaluation, checkpoint, step = self.config.evaluation, self.config.checkpoint, self.step
+        is_last = step == self.config.num_steps
+        if evaluation.every and step % evaluation.every == 0 and not is_last:
+            summary = self._evaluate(self.roles.ema)
+            self._log(step, {f"eval/{name}": value["mean"] for name, value in summary.items()})
+        if evaluation.samples_every and step % evaluation.samples_every == 0 and not is_last:
+            self._write_samples()
+        if is_last or (checkpoint.every and step % checkpoint.every == 0):
+            self._save()
+
+    def _evaluate(self, average: ParameterAverage) -> Summary:
+        with average.applied(), gathered(self.roles.student) as student:
+            return self.evaluator.evaluate(student)
+
+    def _write_samples(self) -> None:
+        """Teacher, base and student on the first held-out prompts; ranks sample the same clips, rank 0 writes them."""
+        count = min(self.config.evaluation.num_samples, len(self.evaluator.batch.prompts))
+        rows = [(row, 0) for row in range(count)]
+        if not self._samples:
+            self._samples["teacher"] = self.evaluator.decode(self.evaluator.batch.latents[:count])
+            self._samples["base"] = self._sample(self.roles.reference, rows)
+        self._samples["student"] = self._sample(self.roles.ema, rows)
+        if self.world.is_main:
+            folder = self.config.output_dir / "samples" / f"step_{self.step:06d}"
+            prompts = list(self.evaluator.batch.prompts[:count])
+            sheet = write_samples(folder, prompts, self._samples, fps=self.config.video.fps)
+            self.tracker.log_artifact(sheet)
+
+    def _sample(self, average: ParameterAverage, rows: list[tuple[int, int]]) -> np.ndarray:
+        with average.applied(), gathered(self.roles.student) as student:
+            return self.evaluator.decode(self.evaluator.sample(student, rows))
+
+    def _save(self) -> None:
+        state = {"loader": self.loader.state_dict(), "step": self.step, "evaluation": self.evaluation}
+        save_checkpoint(
+            self.config.output_dir / "checkpoints",
+            self.step,
+            engines=self._engines,
+            averages=self._averages,
+            state=state,
+            config=dump_config(self.config),
+            weights_metadata={"student_shape": self.plan.shape.model_dump_json()},
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _resume(self) -> None:
+        commit = find_commit(self.config.output_dir / "checkpoints")
+        if commit is None:
+            return
+        restored = load_checkpoint(commit, engines=self._engines, averages=self._averages, is_verified=True)
+        self.loader.load_state_dict(restored.state["loader"])
+        self.step = restored.state["step"]
+        self.evaluation = restored.state["evaluation"]
+        if self.world.is_main:
+            logger.info("resumed from %s at step %d", commit, self.step)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracker.log(step, metrics)
+
+    def _finish(self, facts: dict[str, Any]) -> Path | None:
+        """Final measurement, samples, evaluation.json, and the report."""
+        self.evaluation["student"] = self._evaluate(self.roles.ema)
+        self._write_samples()
+        if not self.world.is_main:
+            return None
+        output = self.config.output_dir
+        (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (output / "evaluation.json").write_text(json.dumps(_without_nan(self.evaluation), indent=2) + "\n")
+        report = build_report(output)
+        for path in (output / "evaluation.json", report):
+            self.tracker.log_artifact(path)
+        return report
+
+    def _progress(self, start: int, stop: int, label: str) -> tqdm:
+        return tqdm(
+            range(start, stop), initial=start, total=stop, desc=label, unit="step", disable=not self.world.is_main
+        )
+
+
+def _to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    values = torch.stack([value.float() for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
+
+
+def _without_nan(tree: Any) -> Any:
+    """JSON has no NaN: undefined numbers become null."""
+    if isinstance(tree, dict):
+        return {key: _without_nan(value) for key, value in tree.items()}
+    return None if isinstance(tree, float) and tree != tree else tree
