@@ -7,6 +7,7 @@ collective, and decompressed once, under a lock, into files that only appear who
 
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -27,7 +28,6 @@ from afd.data.writer import DATASET_FILE
 
 INDEX_FILE = "index.json"
 _RAW_NAME = re.compile(r"shard\.[0-9]{5,8}\.mds")
-_ALLOWED_ENCODINGS = frozenset(COLUMNS.values())
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_SHARDS = 1 << 20
 _MAX_SHARD_BYTES = (1 << 32) - 1  # offsets inside a shard are uint32
@@ -173,8 +173,7 @@ def _check_shard(entry: Any, label: str) -> ShardRecord:
     if columns != expected:
         raise ValueError(f"{label}: columns must be {expected}, got {columns!r}")
     if encodings != [COLUMNS[name] for name in expected]:
-        bad = [code for code in encodings or () if code not in _ALLOWED_ENCODINGS] if isinstance(encodings, list) else []
-        raise ValueError(f"{label}: column encodings must be the schema's, got {bad or encodings!r}")
+        raise ValueError(f"{label}: column encodings must be the schema's (never pkl), got {encodings!r}")
     sizes = [8 if COLUMNS[name] in ("int", "float64") else None for name in expected]
     if entry.get("column_sizes") != sizes:
         raise ValueError(f"{label}: column sizes must be {sizes}, got {entry.get('column_sizes')!r}")
@@ -230,7 +229,7 @@ def _prepare(shard: ShardRecord, source: Path, target: Path) -> None:
     offsets = struct.unpack(f"<{len(head) // 4}I", head[: len(head) // 4 * 4])
     if len(offsets) != shard.num_samples + 2 or offsets[0] != shard.num_samples or offsets[-1] != shard.raw.size:
         raise ValueError(f"{raw}: its header must list {shard.num_samples} samples in {shard.raw.size} bytes")
-    if any(begin >= end for begin, end in zip(offsets[1:-1], offsets[2:], strict=True)) or offsets[1] < len(head):
+    if any(begin >= end for begin, end in itertools.pairwise(offsets[1:])) or offsets[1] < len(head):
         raise ValueError(f"{raw}: its sample offsets must rise from {len(head)} to {shard.raw.size}")
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from afd.data.integrity import DatasetRecord, open_dataset, verify_file
 from afd.data.schema import Sample, from_row, load_streaming
-from afd.distributed import barrier
+from afd.distributed import barrier, gather_objects
 from afd.types import VideoBatch
 
 CANONICAL_NODES = 1
@@ -63,7 +63,9 @@ def build_loader(
         )
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks != world_size or (dist.is_initialized() and dist.get_rank() != rank):
-        raise ValueError(f"rank {rank} of world_size {world_size} needs a process group of that size, got {ranks} ranks")
+        raise ValueError(
+            f"rank {rank} of world_size {world_size} needs a process group of that size, got {ranks} ranks"
+        )
     record = open_dataset(Path(shards), cache)
     if record.num_samples < batch_size_per_rank * world_size:
         raise ValueError(
@@ -247,8 +249,7 @@ def _place_on_host() -> tuple[int, int]:
     """This rank's number on its host, and the ranks there. The deepspeed launcher sets no LOCAL_WORLD_SIZE."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return 0, 1
-    hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = gather_objects(socket.gethostname())
     mine = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank()]]
     if len(hosts) % len(mine) or mine[-1] - mine[0] + 1 != len(mine):
         raise ValueError(f"ranks must be spread evenly over hosts, one host after the other, got {hosts}")
