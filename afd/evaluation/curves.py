@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Series = tuple[np.ndarray, np.ndarray]
@@ -82,12 +83,12 @@ PANELS = (
         "Mean stays near 0.5; the spread is the learning signal: a spread near 0 teaches nothing.",
     ),
     Panel(
-        "Saturated weights, groups without spread",
+        "Saturation and flat groups",
         (r".*(saturated|zero_std|zero_spread|clipped)_?(share|fraction)?",),
         "Share of weights at 0 or 1, and of prompt groups whose rollouts all score alike; both should stay low.",
     ),
     Panel(
-        "Distance from the old policy and the start",
+        "Distance from old and first policy",
         (r"student/(old_deviation|prior)",),
         "Mean |v - v_old|² (zero by construction for the current policy) and |v - v_ref|²; steady is healthy.",
     ),
@@ -138,10 +139,11 @@ def draw_panel(series: Mapping[str, Series], panel: Panel) -> str:
         axes.plot(*line, color=colour, linewidth=1.8, marker=marker, markersize=3, label=labels[name])
     if panel.reference is not None:
         axes.axhline(panel.reference, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
-    if panel.limits is not None:
-        axes.set_ylim(*panel.limits)
+    limits = panel.limits or _limits_of_constants(list(series.values()))
+    if limits is not None:
+        axes.set_ylim(*limits)
     if len(series) > 1:
-        axes.legend(fontsize=8, labelcolor=INK, frameon=False, ncols=min(3, len(series)), loc="best")
+        _legend(axes, columns=min(3, len(series)))
     return _to_svg(figure, panel.title)
 
 
@@ -152,7 +154,7 @@ def draw_evaluation(title: str, series: Series, *, base: float, teacher: float) 
         if np.isfinite(level):
             axes.axhline(level, color=colour, linewidth=1.3, linestyle=(0, (4, 3)), label=label)
     axes.plot(*series, color=STUDENT, linewidth=1.8, marker="o", markersize=3.5, label="student")
-    axes.legend(fontsize=8, labelcolor=INK, frameon=False, ncols=3, loc="best")
+    _legend(axes, columns=3)
     return _to_svg(figure, title)
 
 
@@ -182,18 +184,44 @@ def split_histograms(series: Mapping[str, Series]) -> tuple[dict[str, dict[int, 
     return histograms, plain
 
 
-def _axes():
-    figure = Figure(figsize=(5.4, 2.7), layout="constrained")
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.1, 2.4), layout="constrained")
     axes = figure.add_subplot()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GRID)
-    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.set_xlabel("step", fontsize=8, color=INK)
+    axes.ticklabel_format(useOffset=False)
+    axes.locator_params(nbins=6)
+    axes.set_xlabel("step", fontsize=9, color=INK)
     return figure, axes
+
+
+def _limits_of_constants(series: Sequence[Series]) -> tuple[float, float] | None:
+    """Frame lines that do not move, which automatic limits would magnify to rounding errors; else None."""
+    values = np.concatenate([values[np.isfinite(values)] for _, values in series])
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+    if high - low > 1e-6 * max(abs(low), abs(high)):
+        return None
+    return (min(0.0, 1.5 * low), max(0.0, 1.5 * high)) if high or low else (-0.05, 1.0)
+
+
+def _legend(axes: Axes, *, columns: int) -> None:
+    """Name the lines above the drawing, where they hide nothing."""
+    axes.legend(
+        fontsize=9,
+        labelcolor=INK,
+        frameon=False,
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        borderaxespad=0.0,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
 
 
 def _to_svg(figure: Figure, title: str) -> str:
