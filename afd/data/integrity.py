@@ -118,16 +118,13 @@ def read_record(path: Path) -> DatasetRecord:
     total = sum(shard.num_samples for shard in shards)
     if described.get("num_samples") != total or total < 1:
         raise ValueError(f"{source}: num_samples {described.get('num_samples')!r} must be the index's {total}, and > 0")
-    shapes = [_sizes(described.get(key), dims, f"{source}: {key}") for key, dims in _SHAPES]
+    latent_shape = _sizes(described.get("latent_shape"), 4, f"{source}: latent_shape")
+    embeds_shape = _sizes(described.get("prompt_embeds_shape"), 2, f"{source}: prompt_embeds_shape")
     fps, fingerprint, metadata = (described.get(key) for key in ("fps", "fingerprint", "metadata"))
     if not isinstance(fps, int | float) or not fps > 0 or not isinstance(fingerprint, str):
         raise ValueError(f"{source}: fps must be > 0 and fingerprint a string, got {fps!r} and {fingerprint!r}")
-    return DatasetRecord(
-        path, total, *shapes, float(fps), fingerprint, metadata if isinstance(metadata, dict) else {}, shards
-    )
-
-
-_SHAPES = (("latent_shape", 4), ("prompt_embeds_shape", 2))
+    metadata = metadata if isinstance(metadata, dict) else {}
+    return DatasetRecord(path, total, latent_shape, embeds_shape, float(fps), fingerprint, metadata, shards)
 
 
 def _sizes(value: Any, dims: int, label: str) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Literal
 import av
 import cv2
 import numpy as np
+from av.error import FFmpegError
 
 UPSCALE = {"nearest": cv2.INTER_NEAREST, "bicubic": cv2.INTER_CUBIC}
 
@@ -98,7 +99,7 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
     if size == 0:
         raise ValueError(f"{label}: empty file (0 bytes)")
     try:
-        with av.open(io.BytesIO(mp4) if isinstance(mp4, bytes) else str(mp4)) as container:
+        with av.open(io.BytesIO(mp4) if isinstance(mp4, bytes) else str(mp4), mode="r") as container:
             if not container.streams.video:
                 kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
                 raise ValueError(f"{label}: no video stream, it holds {', '.join(kinds)}")
@@ -112,7 +113,7 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
                     raise ValueError(f"{label}: time stamps run backwards, {previous:.3f} s then {time_s:.3f} s")
                 previous = time_s
                 yield time_s - first, frame.to_ndarray(format="rgb24")
-    except (av.error.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise ValueError(f"{label}: cannot be decoded as a video ({error})") from error
 
 
