@@ -181,7 +181,7 @@ def adaln_modulate_op(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Te
     with device_guard(x):
         adaln_modulate_kernel[(frames, strips)](
             x, shift, scale, out, shift.shape[1], tokens, rows, *shift.stride()[:2], *scale.stride()[:2], eps,
-            WIDTH=x.shape[2], BLOCK=block, num_warps=row_warps(block),
+            WIDTH=x.shape[2], BLOCK=block, num_warps=row_warps(block, x.dtype),
         )  # fmt: skip
     return out
 
@@ -202,7 +202,7 @@ def adaln_modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) 
     with device_guard(x):
         adaln_modulate_backward_kernel[(frames, strips)](
             x, scale, grad.contiguous(), grad_x, partial, scale.shape[1], tokens, rows, *scale.stride()[:2], eps,
-            WIDTH=width, BLOCK=block, num_warps=row_warps(block),
+            WIDTH=width, BLOCK=block, num_warps=row_warps(block, x.dtype),
         )  # fmt: skip
     sums = partial.sum(1).to(scale.dtype)  # [B * F, 2, D]
     grad_shift, grad_scale = (part.reshape(scale.shape).contiguous() for part in sums.unbind(1))
@@ -223,7 +223,7 @@ def gated_residual_op(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     with device_guard(x):
         gated_residual_kernel[(frames, strips)](
             x, y, gate, out, gate.shape[1], tokens, rows, *gate.stride()[:2],
-            WIDTH=x.shape[2], BLOCK=block, num_warps=row_warps(block),
+            WIDTH=x.shape[2], BLOCK=block, num_warps=row_warps(block, x.dtype),
         )  # fmt: skip
     return out
 
@@ -244,7 +244,7 @@ def gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tens
     with device_guard(y):
         gated_residual_backward_kernel[(frames, strips)](
             y, gate, grad.contiguous(), grad_y, partial, gate.shape[1], tokens, rows, *gate.stride()[:2],
-            WIDTH=width, BLOCK=block, num_warps=row_warps(block),
+            WIDTH=width, BLOCK=block, num_warps=row_warps(block, y.dtype),
         )  # fmt: skip
     return grad_y, partial.sum(1).to(gate.dtype).reshape(gate.shape)
 

@@ -21,9 +21,12 @@ def element_tile(num_rows: int, row_size: int) -> tuple[int, int]:
     return min(TILE_ELEMENTS // columns, next_power_of_2(num_rows)), columns
 
 
-def row_warps(block: int) -> int:
-    """Warps for a program that holds whole rows of `block` elements in registers: 16 elements per thread at most."""
-    return max(1, min(16, block // 512))
+def row_warps(block: int, dtype: torch.dtype) -> int:
+    """Warps for a program that holds whole rows of `block` elements in registers: 32 bytes of a row per thread.
+
+    (More per thread spills a float32 backward pass, see tests/afd_kernels/test_machine_code.py.)
+    """
+    return max(1, min(16, block * dtype.itemsize // 1024))
 
 
 def rows_per_program(num_rows: int, num_groups: int, device: torch.device, *, smallest: int = 8) -> int:

@@ -154,7 +154,7 @@ def _launch_forward(q, k, q_weight, k_weight, cos, sin, q_out, k_out, eps) -> No
     with device_guard(q):
         rope_qk_norm_kernel[(batch * num_tokens,)](
             q, k, q_weight, k_weight, cos, sin, q_out, k_out, num_tokens, *q_out.stride()[:3], *k_out.stride()[:3],
-            eps, WIDTH=width, HEAD_DIM=q_out.shape[-1], BLOCK=block, num_warps=row_warps(block),
+            eps, WIDTH=width, HEAD_DIM=q_out.shape[-1], BLOCK=block, num_warps=row_warps(block, q.dtype),
         )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def rope_qk_norm_backward(
     with device_guard(x):
         rope_qk_norm_backward_kernel[(programs,)](
             x, weight, cos, sin, grad, grad_x, partial, num_rows, num_tokens, rows, *grad.stride()[:3], eps,
-            WIDTH=width, HEAD_DIM=grad.shape[-1], BLOCK=block, num_warps=row_warps(block),
+            WIDTH=width, HEAD_DIM=grad.shape[-1], BLOCK=block, num_warps=row_warps(block, x.dtype),
         )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 
