@@ -16,7 +16,25 @@ from afd_kernels.layout import BlockCausalLayout
 
 logger = logging.getLogger(__name__)
 
-IMPLS = ("reference", "chunks")
+IMPLS = ("reference", "triton", "chunks", "varlen", "flex")
+# Device type -> (implementation, why). CPU: float32, B 16, 4 heads x 16, teacher forcing, 480 tokens, one core, forward
+# + backward: chunks 24 ms, dense mask through SDPA 55 ms, reference 193 ms (benchmarks/attention.py --shapes tiny).
+# CUDA: the library kernels are the safe choice while no measurement of ours is committed; benchmarks/attention.py on
+# an H200 prints the table this entry is to be chosen from.
+DEFAULTS = {
+    "cpu": ("chunks", "measured fastest on CPU"),
+    "cuda": ("chunks", "unmeasured on CUDA: library kernels, the safe order"),
+}
+_LOGGED: set[tuple[str, str]] = set()
+
+
+def default_impl(device_type: str) -> str:
+    """Implementation used for `impl=None`; logged once per device type."""
+    impl, reason = DEFAULTS.get(device_type, ("reference", "no entry for this device"))
+    if (device_type, impl) not in _LOGGED:
+        _LOGGED.add((device_type, impl))
+        logger.info("block_causal_attention runs impl=%s on %s (%s)", impl, device_type, reason)
+    return impl
 
 
 def block_causal_attention(
@@ -28,19 +46,44 @@ def block_causal_attention(
         q, k, v: [B, heads, N, D], N == layout.num_tokens; any batch and head strides. With teacher forcing the clean
             frames come first, then the noisy ones.
         layout: who sees whom.
-        impl: one of `IMPLS`; None picks the default for the device.
+        impl: `reference`; `triton[:tma|specialized|pointer]`; `chunks[:flash3|flash2|hub|sdpa]`;
+            `varlen[:flash3|flash2|torch]`; `flex`. Without a suffix the best installed one. None picks by device.
         scale: None for 1 / sqrt(D).
     Returns:
         [B, heads, N, D] in q's dtype.
     Raises:
-        ValueError: shapes or dtypes disagree, or the implementation is unknown.
+        ValueError: shapes or dtypes disagree, or the implementation is unknown or cannot take the inputs.
+        ImportError: the implementation is not installed; the text says how to install it.
     """
     _check(q, k, v, layout)
-    if (impl or "chunks") == "chunks":
-        return block_causal_attention_chunks(q, k, v, layout, scale=scale)
-    if impl == "reference":
-        return block_causal_attention_reference(q, k, v, layout, scale=scale)
-    raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    name, _, option = (impl or default_impl(q.device.type)).partition(":")
+    if name == "chunks":
+        from afd_kernels.block_causal_attention_backends import best_dense_backend, dense_backend
+
+        dense = dense_backend(option or _dense_backend_for(q, best_dense_backend(q.is_cuda)))
+        return block_causal_attention_chunks(q, k, v, layout, scale=scale, dense=dense)
+    if name == "triton":
+        from afd_kernels.block_causal_attention_triton import block_causal_attention_triton
+
+        return block_causal_attention_triton(q, k, v, layout, scale=scale, variant=option or "tma")
+    if name == "varlen":
+        from afd_kernels.block_causal_attention_backends import best_varlen_backend, varlen_backend
+        from afd_kernels.block_causal_attention_varlen import block_causal_attention_varlen
+
+        attend = varlen_backend(option or best_varlen_backend())
+        return block_causal_attention_varlen(q, k, v, layout, attend=attend, scale=scale)
+    if option or name not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if name == "flex":
+        from afd_kernels.block_causal_attention_flex import block_causal_attention_flex
+
+        return block_causal_attention_flex(q, k, v, layout, scale=scale)
+    return block_causal_attention_reference(q, k, v, layout, scale=scale)
+
+
+def _dense_backend_for(q: Tensor, best: str) -> str:
+    """FlashAttention takes half precision only; PyTorch picks a kernel for the rest."""
+    return best if q.element_size() == 2 else "sdpa"
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout) -> None:
@@ -55,4 +98,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout) -> None:
         raise ValueError(f"q must be floating point, got {q.dtype}")
 
 
-__all__ = ["IMPLS", "BlockCausalLayout", "block_causal_attention"]
+__all__ = ["DEFAULTS", "IMPLS", "BlockCausalLayout", "block_causal_attention", "default_impl"]

@@ -1,38 +1,98 @@
 """Attention of one chunk of queries against the visible part of a KV cache, for rollouts: `cached_attention`.
 
-Maskless by construction: the caller passes exactly the keys the chunk sees (`BlockCausalLayout.visible_frames`). Owns
-no cache. Shapes are host integers, so nothing here synchronises with the device.
+Maskless by construction: the keys given, or the `key_ranges` of them, are exactly what the chunk sees
+(`BlockCausalLayout.visible_frames`: window and sink). Owns no cache. Every size is a host integer: nothing here waits
+for the device.
 """
 
 from __future__ import annotations
 
+import logging
+
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from afd_kernels.block_causal_attention_reference import dense_attention_reference
+from afd_kernels.layout import Range
+
+logger = logging.getLogger(__name__)
+
+IMPLS = ("reference", "sdpa", "flash3", "flash2", "hub", "triton")
+_LOGGED: set[tuple[str, str]] = set()
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str | None = None) -> Tensor:
-    """softmax(scale q k^T) v over all given keys.
+def default_impl(q: Tensor) -> str:
+    """`sdpa` on CPU; on CUDA the best installed dense kernel, unmeasured by us. Logged once per device type.
+
+    FlashAttention and PyTorch's copy of it split the keys themselves where the queries are few.
+    """
+    from afd_kernels.block_causal_attention_backends import best_dense_backend
+
+    impl = best_dense_backend(q.is_cuda) if q.element_size() == 2 else "sdpa"
+    if (q.device.type, impl) not in _LOGGED:
+        _LOGGED.add((q.device.type, impl))
+        logger.info("cached_attention runs impl=%s on %s", impl, q.device.type)
+    return impl
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+    key_ranges: tuple[Range, ...] | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v over all given keys, or over some ranges of them.
 
     Args:
         q: [B, heads, Nq, D], the chunk being generated.
         k, v: [B, heads, Nk, D], cached and own keys and values; views of a cache are fine.
         scale: None for 1 / sqrt(D).
-        impl: `reference` or `sdpa`; None picks for the device.
+        impl: one of IMPLS; None picks by device.
+        key_ranges: disjoint (start, end) rows of k and v that the chunk sees, such as sink and window; None for all.
+            `triton` reads at most two in place, the others gather several.
     Returns:
         [B, heads, Nq, D] in q's dtype.
     Raises:
-        ValueError: shapes or dtypes disagree, or the implementation is unknown.
+        ValueError: shapes, dtypes or ranges disagree, or the implementation is unknown or cannot take the inputs.
+        ImportError: the implementation is not installed; the text says how to install it.
     """
+    ranges = _check(q, k, v, key_ranges)
+    chosen = impl or default_impl(q)
+    if chosen not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if chosen == "triton":
+        from afd_kernels.cached_attention_triton import cached_attention_triton
+
+        return cached_attention_triton(q, k, v, ranges, scale=scale)
+    if ranges != ((0, k.shape[2]),):
+        k, v = (_rows(x, ranges) for x in (k, v))
+    if chosen == "reference":
+        return dense_attention_reference(q, k, v, scale=scale)
+    from afd_kernels.block_causal_attention_backends import dense_backend
+
+    return dense_backend(chosen)(q, k, v, scale)
+
+
+def _rows(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+    parts = [x[:, :, start:end] for start, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_ranges: tuple[Range, ...] | None) -> tuple[Range, ...]:
     if q.ndim != 4 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k must be [B, heads, keys, D] for q {list(q.shape)}, got {list(k.shape)}")
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {list(k.shape)}, got {list(v.shape)}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"k and v must be {q.dtype} like q, got {k.dtype} and {v.dtype}")
-    if impl in (None, "sdpa"):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if impl == "reference":
-        return dense_attention_reference(q, k, v, scale=scale)
-    raise ValueError(f"impl must be one of reference, sdpa, got {impl!r}")
+    if key_ranges is None:
+        return ((0, k.shape[2]),)
+    edges = [edge for span in key_ranges for edge in span]
+    if not edges or edges[0] < 0 or edges[-1] > k.shape[2] or any(end <= start for start, end in key_ranges):
+        raise ValueError(f"key_ranges must be non-empty spans of [0, {k.shape[2]}), got {key_ranges}")
+    if edges != sorted(edges):
+        raise ValueError(f"key_ranges must be in order and disjoint, got {key_ranges}")
+    return key_ranges

@@ -11,6 +11,7 @@ of token positions; a *rectangle* is (query range) x (key range) in which every 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -166,7 +167,7 @@ class BlockCausalLayout:
         """
         edges = sorted({edge for r in self.rectangles for edge in (r.key_start, r.key_end)})
         strips = []
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in itertools.pairwise(edges):
             seen_by = [
                 (r.query_start, r.query_end) for r in self.rectangles if r.key_start <= start and end <= r.key_end
             ]
@@ -189,7 +190,7 @@ class BlockCausalLayout:
         return self.area / self.num_tokens**2
 
     def flops(self, *, batch: int, heads: int, head_dim: int, backward: bool = False) -> int:
-        """Useful FLOPs: 2 matmuls over `area` forward; 5 backward (scores again, dP, dV, dK, dQ) without the forward."""
+        """Useful FLOPs: 2 matmuls over `area`; the backward alone has 5 (scores again, dP, dV, dK, dQ)."""
         return (10 if backward else 4) * batch * heads * head_dim * self.area
 
     def dense_mask(self, device: torch.device | str | None = None) -> Tensor:
@@ -246,12 +247,9 @@ def _block_mask(layout: BlockCausalLayout, device: torch.device, block_size: int
             indices[None, None].to(device=device, dtype=torch.int32).contiguous(),
         )
 
+    lengths = (layout.num_tokens, layout.num_tokens)
     return BlockMask.from_kv_blocks(
-        *ordered(partial),
-        *ordered(full),
-        BLOCK_SIZE=block_size,
-        mask_mod=mask_mod,
-        seq_lengths=(layout.num_tokens,) * 2,
+        *ordered(partial), *ordered(full), BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=lengths
     )
 
 

@@ -1,0 +1,126 @@
+"""Dense attention kernels that may or may not be installed: FlashAttention 3 and 2, a Hugging Face kernel, PyTorch.
+
+Owns finding them and their calling conventions; imports nothing optional until it is asked for. All of them are
+maskless; scores, masks and chunks are their callers' business.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_kernels.block_causal_attention_chunks import DenseAttention, sdpa
+
+DENSE_BACKENDS = ("flash3", "flash2", "hub", "sdpa")
+VARLEN_BACKENDS = ("flash3", "flash2", "torch")
+HUB_REPOSITORY = "kernels-community/flash-attn3"
+_MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "hub": "kernels"}
+_INSTALL = {
+    "flash3": "build FlashAttention's `hopper` folder (github.com/Dao-AILab/flash-attention), "
+    "which installs `flash_attn_interface`",
+    "flash2": "pip install -e '.[cuda]' (flash-attn; needs nvcc or a matching wheel)",
+    "hub": "pip install kernels (the Hugging Face package; it downloads the kernel on first use)",
+    "torch": "use a CUDA build of torch >= 2.10",
+}
+VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, "float | None"], Tensor]
+
+
+@functools.cache
+def is_installed(backend: str) -> bool:
+    """Whether a backend can be imported; nothing is imported."""
+    if backend == "sdpa":
+        return True
+    if backend == "torch":
+        return torch.backends.cuda.is_built() and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    spec = importlib.util.find_spec(_MODULES[backend])
+    # A folder named `kernels` on the path is found as a namespace without a loader: that is not the package.
+    return spec is not None and spec.loader is not None and spec.origin is not None
+
+
+def _require(backend: str, choices: tuple[str, ...]) -> None:
+    if backend not in choices:
+        raise ValueError(f"the attention backend must be one of {', '.join(choices)}, got {backend!r}")
+    if not is_installed(backend):
+        raise ImportError(f"attention backend {backend!r} is not installed; to install it: {_INSTALL[backend]}")
+
+
+def best_dense_backend(is_cuda: bool) -> str:
+    """The first installed backend of DENSE_BACKENDS that needs no download; `sdpa` on CPU."""
+    installed = (name for name in DENSE_BACKENDS if name != "hub" and is_installed(name))
+    return next(installed) if is_cuda else "sdpa"
+
+
+@functools.cache
+def dense_backend(backend: str) -> DenseAttention:
+    """Maskless attention on [B, heads, N, D] by the named backend.
+
+    Raises:
+        ValueError: unknown backend.
+        ImportError: not installed; the text says how to install it.
+    """
+    _require(backend, DENSE_BACKENDS)
+    if backend == "sdpa":
+        return sdpa
+    if backend == "hub":
+        flash = importlib.import_module("kernels").get_kernel(HUB_REPOSITORY).flash_attn_func
+    else:
+        flash = importlib.import_module(_MODULES[backend]).flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        out = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale)
+        return _first(out).transpose(1, 2)
+
+    return attend
+
+
+def best_varlen_backend() -> str:
+    """The first installed backend of VARLEN_BACKENDS.
+
+    Raises:
+        ImportError: none is installed; the text says how to install one.
+    """
+    for backend in VARLEN_BACKENDS:
+        if is_installed(backend):
+            return backend
+    raise ImportError(f"impl='varlen' needs a varlen kernel; to install one: {_INSTALL['flash2']}")
+
+
+@functools.cache
+def varlen_backend(backend: str) -> VarlenAttention:
+    """Packed attention on [tokens, heads, D] by the named backend.
+
+    Raises:
+        ValueError: unknown backend.
+        ImportError: not installed; the text says how to install it.
+    """
+    _require(backend, VARLEN_BACKENDS)
+    if backend == "torch":
+        varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+        def attend_torch(
+            q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
+            scale: float | None,
+        ) -> Tensor:  # fmt: skip
+            return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, scale=scale)
+
+        return attend_torch
+    flash = importlib.import_module(_MODULES[backend]).flash_attn_varlen_func
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
+        scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        return _first(flash(q, k, v, starts_q, starts_k, longest_q, longest_k, softmax_scale=scale))
+
+    return attend
+
+
+def _first(out: Any) -> Tensor:
+    """FlashAttention 3 returned (out, lse) in some versions and out in others."""
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,42 @@
+"""Block-causal attention through FlexAttention: compiled on CUDA, eager on CPU (where it has no backward)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_kernels.layout import BlockCausalLayout
+
+
+@functools.lru_cache(maxsize=16)
+def _block_mask(layout: BlockCausalLayout, device: torch.device) -> Any:
+    return layout.block_mask(device)
+
+
+@functools.cache
+def _flex_attention(is_cuda: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if is_cuda else flex_attention
+
+
+def block_causal_attention_flex(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, *, scale: float | None = None
+) -> Tensor:
+    """FlexAttention under the layout's BlockMask.
+
+    Args:
+        q, k, v: [B, heads, N, D] with N == layout.num_tokens.
+        scale: None for 1 / sqrt(D).
+    Returns:
+        [B, heads, N, D] in q's dtype.
+    Raises:
+        ValueError: gradients are wanted on CPU.
+    """
+    if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("impl='flex' has no backward on CPU; use impl='chunks' or 'reference'")
+    return _flex_attention(q.is_cuda)(q, k, v, block_mask=_block_mask(layout, q.device), scale=scale)

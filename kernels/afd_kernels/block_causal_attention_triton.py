@@ -1,0 +1,260 @@
+"""Launches the Triton kernels of block-causal attention: work tables, tile shapes, autograd.
+
+Owns how the kernels are launched; the kernels are in `block_causal_attention_kernels` (imported on first use, so that
+importing this module does not import triton). Which tile shapes spill nothing and use which instructions on Hopper is
+checked in the compiled machine code by the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from afd_kernels.dispatch import is_interpreting
+from afd_kernels.launching import device_guard
+from afd_kernels.layout import BlockCausalLayout, Strip
+
+HEAD_DIMS = (16, 32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+VARIANTS = ("tma", "specialized", "pointer")
+GROUP = 8  # tiles of one (batch, head) slice launched side by side, so that they share keys in L2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile shape and launch options of one kernel.
+
+    Args:
+        block_m: query rows of a tile.
+        block_n: key rows of a tile.
+        num_warps: of the kernel; a specialized one gets 8 more for its loads and second half.
+        num_stages: depth of the load pipeline.
+        tma: load tiles with tensor descriptors.
+        specialize: give loads and arithmetic their own warps.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    specialize: bool = False
+
+    @property
+    def launch_options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "TMA": self.tma,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of the three kernels."""
+
+    forward: Tiles
+    key_value_grad: Tiles
+    query_grad: Tiles
+
+
+def choose_plan(head_dim: int, dtype: torch.dtype, variant: str) -> Plan:
+    """Tile shapes for a head dimension, dtype and variant.
+
+    Half precision, D = 64 and 128: `tma` loads with tensor descriptors, `specialized` also splits the forward's warps
+    into loaders and workers, `pointer` needs neither. dK/dV at D = 128 always uses pointers (descriptors spill two
+    registers). Everything else: small pointer tiles.
+
+    Raises:
+        ValueError: unknown variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"the triton variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if dtype == torch.float32:
+        small = Tiles(32, 32, 4, 1)
+        return Plan(small, small, small)
+    if head_dim < 64:
+        small = Tiles(64, 64, 4, 2)
+        return Plan(small, small, small)
+    tma = variant != "pointer"
+    forward = Tiles(128, 128, 8, 2, tma=tma)
+    if variant == "specialized":
+        forward = Tiles(128, 128, 4, 2, tma=True, specialize=True)
+    return Plan(forward, Tiles(64, 128, 8, 2, tma=tma and head_dim == 64), Tiles(128, 64, 8, 2, tma=tma))
+
+
+@functools.lru_cache(maxsize=64)
+def work_table(strips: tuple[Strip, ...], block: int, device: torch.device) -> Tensor:
+    """One row per tile, longest walk first: [tile start, strip end, three (start, end) ranges], int32 [tiles, 8].
+
+    Args:
+        strips: `layout.strips` for query tiles, `layout.key_strips` for key tiles.
+        block: rows of a tile; tiles restart at every strip.
+    """
+    rows: list[tuple[int, list[int]]] = []
+    for strip in strips:
+        assert len(strip.ranges) <= 3, f"a strip sees at most 3 ranges, got {strip.ranges}"
+        bounds = [edge for span in strip.ranges for edge in span]
+        length = sum(end - start for start, end in strip.ranges)
+        for start in range(strip.start, strip.end, block):
+            rows.append((length, [start, strip.end, *bounds, *([0] * (6 - len(bounds)))]))
+    rows.sort(key=lambda row: -row[0])
+    return torch.tensor([row for _, row in rows], dtype=torch.int32).to(device)
+
+
+def can_use_descriptors(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors accept the tensors: 16-byte aligned base and strides."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def allow_descriptors(device: torch.device) -> None:
+    """Give Triton scratch memory for descriptors that kernels build on the device."""
+    import triton
+
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x with unit stride over D; batch, head and row strides stay free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _most_ranges(strips: tuple[Strip, ...]) -> int:
+    return max(len(strip.ranges) for strip in strips)
+
+
+def _without_descriptors(tiles: Tiles, *tensors: Tensor) -> Tiles:
+    if not tiles.tma or can_use_descriptors(*tensors):
+        return tiles
+    return Tiles(tiles.block_m, tiles.block_n, 8, tiles.num_stages)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float, plan: Plan) -> tuple:
+    from afd_kernels.block_causal_attention_kernels import forward_kernel
+
+    batch, heads, rows, head_dim = q.shape
+    tiles = _without_descriptors(plan.forward, q, k, v)
+    work = work_table(layout.strips, tiles.block_m, q.device)
+    out = torch.empty_like(q)
+    stats = torch.empty(batch * heads, 2, rows, dtype=torch.float32, device=q.device)
+    if tiles.tma:
+        allow_descriptors(q.device)
+    with device_guard(q):
+        forward_kernel[(work.shape[0] * batch * heads,)](
+            q, k, v, out, stats, work,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            heads, rows, work.shape[0], batch * heads, scale * math.log2(math.e),
+            D=head_dim, RANGES=_most_ranges(layout.strips), GROUP=GROUP, SPECIALIZE=tiles.specialize,
+            PRECISION=_precision(q.dtype), **tiles.launch_options,
+        )  # fmt: skip
+    return out, stats
+
+
+def _backward(saved: tuple[Tensor, ...], grad: Tensor, layout: BlockCausalLayout, scale: float, plan: Plan) -> tuple:
+    from afd_kernels.block_causal_attention_kernels import delta_kernel, key_value_grad_kernel, query_grad_kernel
+
+    q, k, v, out, stats = saved
+    batch, heads, rows, head_dim = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    inputs = (q, k, v, grad)
+    strides = [stride for x in inputs for stride in x.stride()[:3]]
+    scales = (scale, scale * math.log2(math.e))
+    shared = {"D": head_dim, "GROUP": GROUP, "PRECISION": _precision(q.dtype)}
+    if plan.key_value_grad.tma or plan.query_grad.tma:
+        allow_descriptors(q.device)
+    with device_guard(q):
+        delta_kernel[(-(-rows // 64), batch * heads)](
+            out, grad, stats, *out.stride()[:3], *grad.stride()[:3], heads, rows, D=head_dim, BLOCK=64
+        )
+        tiles = _without_descriptors(plan.key_value_grad, *inputs)
+        work = work_table(layout.key_strips, tiles.block_n, q.device)
+        key_value_grad_kernel[(work.shape[0] * batch * heads,)](
+            *inputs, stats, dk, dv, work, *strides, heads, rows, work.shape[0], batch * heads, *scales,
+            RANGES=_most_ranges(layout.key_strips), SPECIALIZE=tiles.specialize, **shared, **tiles.launch_options,
+        )  # fmt: skip
+        tiles = _without_descriptors(plan.query_grad, *inputs)
+        work = work_table(layout.strips, tiles.block_m, q.device)
+        query_grad_kernel[(work.shape[0] * batch * heads,)](
+            *inputs, stats, dq, work, *strides, heads, rows, work.shape[0], batch * heads, *scales,
+            RANGES=_most_ranges(layout.strips), **shared, **tiles.launch_options,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+class _TritonAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float, plan: Plan
+    ) -> Tensor:
+        out, stats = _forward(q, k, v, layout, scale, plan)
+        ctx.save_for_backward(q, k, v, out, stats)
+        ctx.layout, ctx.scale, ctx.plan = layout, scale, plan
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _backward(ctx.saved_tensors, dense_rows(grad_out), ctx.layout, ctx.scale, ctx.plan)
+        return (*grads, None, None, None)
+
+
+def check_kernel_inputs(q: Tensor, scale: float | None) -> float:
+    """Check what the kernels can take and return the scale.
+
+    Raises:
+        ValueError: device, dtype, head dimension or scale is outside what the kernels do.
+    """
+    if not q.is_cuda and not is_interpreting():
+        raise ValueError(f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1 on CPU), got {q.device}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"impl='triton' takes float16, bfloat16 or float32, got {q.dtype}")
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"impl='triton' takes head dimensions {HEAD_DIMS}, got {q.shape[-1]}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"impl='triton' takes a positive scale, got {scale}")
+    return scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+
+
+def block_causal_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockCausalLayout,
+    *,
+    scale: float | None = None,
+    variant: str = "tma",
+    plan: Plan | None = None,
+) -> Tensor:
+    """Block-causal attention by our kernels; forward and backward are deterministic (no atomics).
+
+    Args:
+        q, k, v: [B, heads, N, D] float16, bfloat16 or float32, D in HEAD_DIMS, N == layout.num_tokens.
+        scale: > 0; None for 1 / sqrt(D).
+        variant: one of VARIANTS (float16 and bfloat16 with D >= 64).
+        plan: tile shapes, instead of the variant's.
+    Returns:
+        [B, heads, N, D] in q's dtype and strides.
+    Raises:
+        ValueError: see `check_kernel_inputs`.
+    """
+    factor = check_kernel_inputs(q, scale)
+    plan = plan or choose_plan(q.shape[-1], q.dtype, variant)
+    return _TritonAttention.apply(  # pyright: ignore[reportReturnType]
+        dense_rows(q), dense_rows(k), dense_rows(v), layout, factor, plan
+    )

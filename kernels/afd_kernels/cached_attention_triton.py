@@ -1,0 +1,107 @@
+"""Launches the split-KV kernels of cached attention: how many splits, which tiles.
+
+A one-frame chunk of Wan-1.3B gives 13 query tiles x 12 heads = 156 programs for 132 multiprocessors: two rounds, the
+second almost empty. Splitting the keys fills them. Forward only: rollouts take no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from afd_kernels.block_causal_attention_triton import (
+    Tiles,
+    allow_descriptors,
+    can_use_descriptors,
+    check_kernel_inputs,
+    dense_rows,
+)
+from afd_kernels.launching import device_guard
+from afd_kernels.layout import Range
+
+MAX_SPLITS = 8
+
+
+def choose_splits(programs: int, key_tiles: int, processors: int) -> int:
+    """Fewest splits that keep the processors within 10 % of as busy as any number of splits could.
+
+    Args:
+        programs: query tiles x batch x heads, without splitting.
+        key_tiles: key tiles each of them walks; a split gets at least two.
+        processors: of the device.
+    Returns:
+        1 to MAX_SPLITS.
+    """
+    most = max(1, min(MAX_SPLITS, key_tiles // 2))
+    busy = [programs * s / (-(-programs * s // processors) * processors) for s in range(1, most + 1)]
+    return next(s for s, share in enumerate(busy, 1) if share >= 0.9 * max(busy))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _tiles(q: Tensor, k: Tensor, v: Tensor) -> Tiles:
+    if q.dtype == torch.float32 or q.shape[-1] < 64:
+        return Tiles(32, 32, 4, 1)
+    return Tiles(128, 128, 8, 2, tma=can_use_descriptors(q, k, v))
+
+
+def cached_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: tuple[Range, ...],
+    *,
+    scale: float | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Attention to the rows of a cache in `ranges`, split over the keys; reads the cache in place.
+
+    Args:
+        q: [B, heads, Nq, D] float16, bfloat16 or float32.
+        k, v: [B, heads, Nk, D], the whole cache.
+        ranges: one or two non-empty (start, end) row ranges of the cache.
+        scale: > 0; None for 1 / sqrt(D).
+        splits: None to choose for the device.
+    Returns:
+        [B, heads, Nq, D] in q's dtype.
+    Raises:
+        ValueError: more than two ranges, gradients wanted, or inputs the kernels cannot take.
+    """
+    from afd_kernels.cached_attention_kernels import join_kernel, split_kernel
+
+    if len(ranges) > 2:
+        raise ValueError(f"impl='triton' takes one or two key ranges, got {len(ranges)}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("impl='triton' of cached_attention has no backward; use impl='sdpa' or torch.no_grad()")
+    factor = check_kernel_inputs(q, scale)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    batch, heads, rows, head_dim = q.shape
+    slices = batch * heads
+    tiles = _tiles(q, k, v)
+    key_tiles = sum(-(-(end - start) // tiles.block_n) for start, end in ranges)
+    query_tiles = -(-rows // tiles.block_m)
+    wanted = splits or choose_splits(query_tiles * slices, key_tiles, _processors(q.device))
+    per_split = -(-key_tiles // wanted)
+    splits = -(-key_tiles // per_split)  # no empty split
+    first, second = (*ranges, (0, 0))[:2]
+    parts = torch.empty(splits, slices, rows, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(splits, slices, rows, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q)
+    if tiles.tma:
+        allow_descriptors(q.device)
+    with device_guard(q):
+        split_kernel[(query_tiles, slices, splits)](
+            q, k, v, parts, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            heads, slices, rows, k.shape[2], *first, *second, per_split, factor * math.log2(math.e),
+            D=head_dim, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tiles.launch_options,
+        )  # fmt: skip
+        join_kernel[(-(-rows // 32), slices)](
+            parts, lse, out, *out.stride()[:3], heads, slices, rows, SPLITS=splits, D=head_dim, BLOCK=32
+        )
+    return out
