@@ -84,7 +84,7 @@ def compare(evaluation: Mapping[str, Any]) -> list[Comparison]:
 def terminal_table(evaluation: Mapping[str, Any]) -> str:
     """Lay base, student and teacher out as a plain-text table, one metric a line."""
     header = ("metric", *ROLES, "change", "")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for row in compare(evaluation):
         change = "" if math.isnan(row.change) else f"{100 * row.change:+.1f} %"
         values = (format_value(row.base), format_value(row.student), format_value(row.teacher))
