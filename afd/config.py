@@ -36,7 +36,7 @@ class PhysicsConstants(Section):
     duration_s: Annotated[float, Field(gt=0)] = 1.5
     """Length of a clip; round(duration_s * fps) frames, the first at time 0."""
     fps: Positive = 24
-    """Frames per second of a teacher video; preparation resamples to `video.fps`, which 24 is on purpose no multiple of."""
+    """Frames per second of a teacher video; preparation resamples to `video.fps`, rarely the same on purpose."""
     height: Positive = 64
     """Rows of a frame; preparation resizes to `video.height`."""
     width: Positive = 64
@@ -76,13 +76,13 @@ class TeacherSection(Section):
 class VideoSection(Section):
     """The student's video format; teacher videos are resampled to it."""
 
-    num_frames: Positive = 15
+    num_frames: Positive = 12
     """Latent frames F of a training clip."""
-    fps: Annotated[float, Field(gt=0)] = 10.0
+    fps: Annotated[float, Field(gt=0)] = 8.0
     """Frames per second."""
-    height: Positive = 32
+    height: Positive = 16
     """Pixels."""
-    width: Positive = 32
+    width: Positive = 16
     """Pixels."""
 
 
@@ -117,11 +117,11 @@ class StudentShape(Section):
     """Latent channels C the model reads."""
     out_channels: Positive = 12
     """Latent channels C the model predicts."""
-    patch_size: tuple[Positive, Positive, Positive] = (1, 2, 2)
+    patch_size: tuple[Positive, Positive, Positive] = (1, 1, 1)
     """Latent frames, rows and columns per token; temporal patch must be 1."""
     num_layers: Positive = 4
     """Transformer blocks."""
-    num_heads: Positive = 3
+    num_heads: Positive = 2
     """Attention heads."""
     head_dim: Positive = 32
     """Width of a head; even."""
@@ -168,15 +168,15 @@ class StudentShape(Section):
 class PretrainSection(Section):
     """How the quick start's base student is made (`afd pretrain`); read by nothing else."""
 
-    num_videos: Positive = 8192
+    num_videos: Positive = 12000
     """Videos of the wrong-physics mixture."""
     gravity_range: tuple[float, float] = (0.0, 1.0)
     """Each video's gravity is drawn uniformly from this range, box / s^2."""
-    batch_size: Positive = 24
+    batch_size: Positive = 16
     """Videos per step, both stages."""
     context_noise: Annotated[float, Field(ge=0)] = 0.1
     """Standard deviation of noise on the clean context while training: steadies long rollouts."""
-    time_shift: Annotated[float, Field(gt=0)] = 2.0
+    time_shift: Annotated[float, Field(gt=0)] = 3.0
     """Training times are uniform, warped by this shift."""
     flow_steps: Positive = 4500
     """Optimizer steps of the multi-step flow-matching model."""
@@ -221,7 +221,7 @@ class DiscriminatorShape(Section):
 
     in_channels: Positive = 12
     """Latent channels C."""
-    patch_size: tuple[Positive, Positive, Positive] = (3, 2, 2)
+    patch_size: tuple[Positive, Positive, Positive] = (3, 1, 1)
     """Latent frames, rows and columns per token."""
     num_layers: Positive = 3
     """Transformer blocks."""

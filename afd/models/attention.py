@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from afd_kernels import BlockCausalLayout, block_causal_attention, cached_attention, rope_qk_norm
 from torch import Tensor, nn
 
 from afd.models.kv_cache import KVCache
+from afd_kernels import BlockCausalLayout, block_causal_attention, cached_attention, rope_qk_norm
 
 
 class RMSNorm(nn.Module):

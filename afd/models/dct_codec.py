@@ -47,7 +47,7 @@ class DCTCodec:
     spatial_stride = BLOCK
     name = "dct-4x4-ycc-6-3-3"
 
-    def __init__(self, *, mean: float = 0.08, scale: float = 0.7) -> None:
+    def __init__(self, *, mean: float = 0.08, scale: float = 0.35) -> None:
         """Latents are divided by `scale` per coefficient after the mean grey level `mean` is taken off the DC."""
         analysis, synthesis = _basis()
         self._analysis = analysis.float()

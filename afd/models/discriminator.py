@@ -8,11 +8,11 @@ first layer.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from afd_kernels import BlockCausalLayout, rope_3d_table
 from torch import Tensor, nn
 
 from afd.config import DiscriminatorShape
 from afd.models.attention import CausalSelfAttention, CrossAttention
+from afd_kernels import BlockCausalLayout, rope_3d_table
 
 
 class DiscriminatorBlock(nn.Module):
@@ -62,8 +62,10 @@ class LatentDiscriminator(nn.Module):
         """
         patch = self.shape.patch_size
         sizes = latents.shape[2:]
-        if latents.ndim != 5 or latents.shape[1] != self.shape.in_channels or any(
-            size % p for size, p in zip(sizes, patch, strict=True)
+        if (
+            latents.ndim != 5
+            or latents.shape[1] != self.shape.in_channels
+            or any(size % p for size, p in zip(sizes, patch, strict=True))
         ):
             raise ValueError(
                 f"latents must be [N, {self.shape.in_channels}, F, H, W] with F, H, W divisible by {list(patch)}, "

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from afd_kernels import BlockCausalLayout, adaln_modulate, gated_residual, rope_3d_table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afd.config import StudentShape
 from afd.models.attention import CausalSelfAttention, CrossAttention
 from afd.models.kv_cache import KVCache
+from afd_kernels import BlockCausalLayout, adaln_modulate, gated_residual, rope_3d_table
 
 TRAIN_TIMESTEPS = 1000  # the time embedding sees 1000 t
 PromptKeysValues = Sequence[tuple[Tensor, Tensor]]
@@ -119,9 +119,7 @@ def _rope(
     """Cached RoPE tables; float64 for a float64 model, float32 otherwise."""
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.inference_mode(False):
-        return rope_3d_table(
-            num_frames, height, width, head_dim, frame_offset=offset, device=device, dtype=table_dtype
-        )
+        return rope_3d_table(num_frames, height, width, head_dim, frame_offset=offset, device=device, dtype=table_dtype)
 
 
 class CausalStudent(nn.Module):
@@ -252,7 +250,11 @@ class CausalStudent(nn.Module):
             )
         if tuple(t.shape) != (noisy.shape[0], noisy.shape[2]):
             raise ValueError(f"t must be [{noisy.shape[0]}, {noisy.shape[2]}], got {list(t.shape)}")
-        if prompt_embeds.ndim != 3 or prompt_embeds.shape[1] > shape.text_len or prompt_embeds.shape[2] != shape.text_dim:
+        if (
+            prompt_embeds.ndim != 3
+            or prompt_embeds.shape[1] > shape.text_len
+            or prompt_embeds.shape[2] != shape.text_dim
+        ):
             raise ValueError(
                 f"prompt_embeds must be [N, up to {shape.text_len}, {shape.text_dim}], got {list(prompt_embeds.shape)}"
             )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from afd.config import RunConfig
 from afd.config_file import dump_config
-from afd.data.loader import build_loader, read_all
+from afd.data.loader import build_loader, read_all, to_batch
 from afd.distributed import World
 from afd.evaluation.heldout import HeldoutEvaluator, Summary
 from afd.evaluation.report import build_report
@@ -49,7 +49,9 @@ class Trainer:
             seed=config.seed,
             shuffle=config.data.shuffle,
         )
-        self.evaluator = HeldoutEvaluator(read_all(heldout_shards), load_codec(config.encoders), config, world)
+        self.evaluator = HeldoutEvaluator(
+            to_batch(read_all(heldout_shards)), load_codec(config.encoders), config, world
+        )
         self._samples: dict[str, np.ndarray] = {}
 
     @property
