@@ -38,17 +38,26 @@ class _MLP(nn.Module):
         return self.linear_2(self.activation(self.linear_1(x)))
 
 
+class _Expand(nn.Module):
+    """Linear and tanh-GELU; diffusers calls the linear layer `proj`."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
 class _FeedForward(nn.Module):
     """GELU(tanh) feed-forward with diffusers' names net.0.proj and net.2."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        expand = nn.Module()
-        expand.proj = nn.Linear(dim, ffn_dim)
-        self.net = nn.ModuleList([expand, nn.Identity(), nn.Linear(ffn_dim, dim)])
+        self.net = nn.ModuleList([_Expand(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net[2](self.net[0](x))
 
 
 class _ConditionEmbedder(nn.Module):
@@ -150,7 +159,7 @@ class CausalStudent(nn.Module):
         Raises:
             ValueError: shapes disagree with the model or with each other.
         """
-        self._check(noisy, t, prompt_embeds, clean)
+        self._check(noisy, t, clean)
         n, _, frames, height, width = noisy.shape
         grid = (frames, height // self.shape.patch_size[1], width // self.shape.patch_size[2])
         rope = _rope(*grid, self.shape.head_dim, 0, noisy.device, noisy.dtype)
@@ -170,9 +179,12 @@ class CausalStudent(nn.Module):
         )
         time, modulation = self.condition_embedder(t)
         prompt = self._embed_prompt(prompt_embeds)
+        is_checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
+        if is_checkpointed and not x.requires_grad:
+            x = x.requires_grad_()  # frozen embeddings (LoRA): else the first checkpoint would drop its gradients
         for block in self.blocks:
             inputs = (x, modulation, prompt, rope, layout, None, self.shape.attention_impl)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if is_checkpointed:
                 # Reentrant: the non-reentrant form breaks with frozen weights under ZeRO-3 (DeepSpeed issue).
                 x = checkpoint(block, *inputs, use_reentrant=True)
             else:
@@ -206,9 +218,13 @@ class CausalStudent(nn.Module):
         return self._head(x, time, n, grid)
 
     def prompt_keys_values(self, prompt_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Cross-attention keys and values of every block for prompts [N, L, D]; computed once per rollout."""
+        """Cross-attention keys and values of every block for prompts [N, L, D]; computed once per rollout.
+
+        Raises:
+            ValueError: the prompts do not fit the model.
+        """
         prompt = self._embed_prompt(prompt_embeds)
-        return [block.attn2.prompt_keys_values(prompt) for block in self.blocks]
+        return [block.attn2.prompt_keys_values(prompt) for block in self.blocks if isinstance(block, CausalBlock)]
 
     def new_cache(self, latents_shape: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> KVCache:
         """A KV cache for videos of shape [N, C, F, H, W]."""
@@ -226,7 +242,10 @@ class CausalStudent(nn.Module):
         )
 
     def _embed_prompt(self, prompt_embeds: Tensor) -> Tensor:
-        missing = self.shape.text_len - prompt_embeds.shape[1]
+        length, width = self.shape.text_len, self.shape.text_dim
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[1] > length or prompt_embeds.shape[2] != width:
+            raise ValueError(f"prompt_embeds must be [N, up to {length}, {width}], got {list(prompt_embeds.shape)}")
+        missing = length - prompt_embeds.shape[1]
         return self.condition_embedder.text_embedder(F.pad(prompt_embeds, (0, 0, 0, missing)))
 
     def _patchify(self, latents: Tensor) -> Tensor:
@@ -241,7 +260,7 @@ class CausalStudent(nn.Module):
         out = out.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return out.reshape(n, self.shape.out_channels, frames * pt, rows * ph, columns * pw)
 
-    def _check(self, noisy: Tensor, t: Tensor, prompt_embeds: Tensor, clean: Tensor | None) -> None:
+    def _check(self, noisy: Tensor, t: Tensor, clean: Tensor | None) -> None:
         shape = self.shape
         _, ph, pw = shape.patch_size
         if noisy.ndim != 5 or noisy.shape[1] != shape.in_channels or noisy.shape[3] % ph or noisy.shape[4] % pw:
@@ -250,13 +269,5 @@ class CausalStudent(nn.Module):
             )
         if tuple(t.shape) != (noisy.shape[0], noisy.shape[2]):
             raise ValueError(f"t must be [{noisy.shape[0]}, {noisy.shape[2]}], got {list(t.shape)}")
-        if (
-            prompt_embeds.ndim != 3
-            or prompt_embeds.shape[1] > shape.text_len
-            or prompt_embeds.shape[2] != shape.text_dim
-        ):
-            raise ValueError(
-                f"prompt_embeds must be [N, up to {shape.text_len}, {shape.text_dim}], got {list(prompt_embeds.shape)}"
-            )
         if clean is not None and clean.shape != noisy.shape:
             raise ValueError(f"clean must be {list(noisy.shape)} like the noisy latents, got {list(clean.shape)}")
