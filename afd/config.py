@@ -197,7 +197,7 @@ class LoRASection(Section):
 
     rank: NonNegative = 0
     """Rank r; 0 trains all parameters."""
-    alpha: Annotated[float, Field(gt=0)] = 256.0
+    alpha: Positive = 256
     """Scale numerator: the update is alpha / r times B A."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     """Suffixes of the linear layers that get an adapter."""
@@ -246,11 +246,11 @@ class DiscriminatorSection(Section):
     shape: DiscriminatorShape = DiscriminatorShape()
     """Dimensions."""
     ds_config: Path = Path("configs/zero2_discriminator.json")
-    """DeepSpeed JSON of its engine; its learning rate 0 freezes D after warm-up (a stale discriminator)."""
+    """DeepSpeed JSON of its engine."""
     warmup_steps: NonNegative = 60
     """Discriminator-only steps before the student moves, on the base student's rollouts."""
-    warmup_lr: Annotated[float, Field(ge=0)] | None = None
-    """Learning rate during warm-up; None uses the JSON's."""
+    lr_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplies the JSON's learning rate once the student moves; 0 freezes D after its warm-up (a stale D)."""
     steps_per_student_step: Positive = 1
     """Discriminator updates per student update."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -330,10 +330,10 @@ class CheckpointSection(Section):
 
 
 class TrackingSection(Section):
-    """Following the run."""
+    """Following the run: metrics.jsonl is always written."""
 
     mlflow: bool = True
-    """Log to MLflow (SQLite in the output folder unless MLFLOW_TRACKING_URI is set); metrics.jsonl is always written."""
+    """Send metrics to MLflow too: a SQLite file in the output folder unless MLFLOW_TRACKING_URI is set."""
     experiment: str = "afd"
     """MLflow experiment."""
 

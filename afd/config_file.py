@@ -85,7 +85,9 @@ def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], *, prefix: s
                 raise ConfigError(f"{where} belongs in the DeepSpeed JSON (--ds_config), not in the YAML configuration")
             known = dict(_leaves(RunConfig, ""))
             close = difflib.get_close_matches(str(key), [*fields, *known], n=1, cutoff=0.5)
-            owner = next((full for full in known.values() if full.rsplit(".", 1)[-1] == close[0]), None) if close else None
+            owner = (
+                next((full for full in known.values() if full.rsplit(".", 1)[-1] == close[0]), None) if close else None
+            )
             suggestion = f"{prefix}{close[0]}" if close and close[0] in fields else owner
             raise ConfigError(f"unknown key {where}" + (f", did you mean {suggestion}?" if suggestion else ""))
         nested = fields[key].annotation

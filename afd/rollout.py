@@ -54,7 +54,7 @@ def rollout(student: CausalStudent, prompt_embeds: Tensor, noise: Tensor, times:
         cache.begin_chunk(end - start)
         eps = noise[:, :, :, start:end]  # [N, S, C, K, H, W]
         t = noise.new_empty(n, end - start)
-        x_t = eps[:, 0]
+        x_t = x0 = eps[:, 0]
         for step, time in enumerate(times):
             v = student.forward_chunk(x_t, t.fill_(time), prompt, cache, frame_offset=start)
             x0 = x0_from_velocity(x_t, v, t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,8 +33,8 @@ def sampler_grid(steps: Sequence[int], *, shift: float) -> tuple[float, ...]:
     Raises:
         ValueError: steps are empty, not strictly decreasing, or outside (0, 1000].
     """
-    ordered = all(a > b for a, b in zip(steps, steps[1:], strict=False))
-    if not steps or not ordered or not (0 < steps[-1] and steps[0] <= 1000):
+    ordered = all(a > b for a, b in itertools.pairwise(steps))
+    if not steps or not ordered or not (steps[-1] > 0 and steps[0] <= 1000):
         raise ValueError(f"steps must be strictly decreasing integers in (0, 1000], got {list(steps)}")
     return tuple(shift_time(torch.tensor(list(steps), dtype=torch.float64) / 1000, shift).tolist())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class TextEncoder:
         self.name = folder.name
         self._device = torch.device(device)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = UMT5EncoderModel.from_pretrained(folder).eval().requires_grad_(False).to(self._device)
+        model: Any = UMT5EncoderModel.from_pretrained(folder)
+        self._model = model.eval().requires_grad_(False).to(self._device)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -115,8 +116,9 @@ class WanVAE:
 
         if not (folder / "config.json").is_file():
             raise ValueError(f"VAE folder {folder} must hold config.json, which is missing")
-        self._vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype).eval().requires_grad_(False).to(device)
-        config = self._vae.config
+        vae: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype)
+        self._vae = vae.eval().requires_grad_(False).to(device)
+        config = vae.config
         self.num_channels: int = config.z_dim
         self.spatial_stride: int = config.scale_factor_spatial
         self.name = f"wan-vae-{folder.name}"

@@ -25,7 +25,7 @@ DSConfig = dict[str, Any]
 class Engine(Protocol):
     """The part of a DeepSpeed engine that this project uses."""
 
-    module: nn.Module
+    module: Any
     optimizer: Any
     global_steps: int
     skipped_steps: int
@@ -33,6 +33,8 @@ class Engine(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
     def backward(self, loss: Tensor, /) -> Any: ...
     def step(self) -> None: ...
+    def train_micro_batch_size_per_gpu(self) -> int: ...
+    def optimizer_params(self) -> dict[str, Any]: ...
     def train(self, mode: bool = True, /) -> Any: ...
     def eval(self) -> Any: ...
     def get_global_grad_norm(self) -> Any: ...
@@ -288,7 +290,7 @@ def bare_module(owner: Engine | nn.Module) -> nn.Module:
 
 
 @contextmanager
-def gathered(engine: Engine) -> Iterator[nn.Module]:
+def gathered(engine: Engine) -> Iterator[Any]:
     """Gather all parameters once and run the bare module without ZeRO-3's hooks, for rollouts.
 
     Inside, forwards need no collective at all, so ranks may do different numbers of them. Entering is collective.

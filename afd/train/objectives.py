@@ -21,6 +21,7 @@ from afd.train.engines import Engine, gathered
 from afd.train.student_update import make_noised_states, update_student, velocities_of
 from afd.types import Rollout, VideoBatch
 
+_HISTOGRAM_BINS = 10
 ROLLOUT, DISCRIMINATOR, FORWARD, EVALUATION = range(4)  # seed streams: no two uses share random numbers
 
 
@@ -95,6 +96,8 @@ def weigh(scores: Tensor, config: RunConfig, *, world: World) -> tuple[Tensor, d
         "weight/min": weight.min(),
         "weight/max": weight.max(),
     }
+    histogram = torch.histc(weight, bins=_HISTOGRAM_BINS, min=0.0, max=1.0) / weight.numel()
+    metrics |= {f"weight/hist_{i}": share for i, share in enumerate(histogram)}
     start = world.rank * scores.numel()
     return weight[start : start + scores.numel()], metrics
 

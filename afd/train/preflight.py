@@ -109,7 +109,7 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
     first = shape.first_chunk_frames or shape.chunk_frames
     if frames < first or (frames - first) % shape.chunk_frames:
         raise ConfigError(
-            f"video.num_frames must be {first} + a multiple of the student's chunk of {shape.chunk_frames}, got {frames}"
+            f"video.num_frames must be {first} + a multiple of the student's chunk {shape.chunk_frames}, got {frames}"
         )
     if first != shape.chunk_frames:
         raise ConfigError(f"student.first_chunk_frames must equal chunk_frames {shape.chunk_frames}, got {first}")
@@ -120,6 +120,11 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
         raise ConfigError(
             f"discriminator.shape.patch_size must divide the latents {[frames, height, width]}, "
             f"got {list(discriminator.patch_size)}"
+        )
+    if config.encoders.text_len > shape.text_len:
+        raise ConfigError(
+            f"encoders.text_len must be at most {shape.text_len}, the student's text_len, "
+            f"got {config.encoders.text_len}"
         )
     folder = text_encoder_folder(config.encoders)
     try:
@@ -215,7 +220,8 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
         f"total: {sum(held.values()) / mib:.1f} MiB",
         "",
         "# shapes of one step, per rank",
-        f"teacher latents x^T      [{n // g}, {c}, {f}, {h}, {w}]   prompt embeddings [{n // g}, {shape.text_len}, {shape.text_dim}]",
+        f"teacher latents x^T      [{n // g}, {c}, {f}, {h}, {w}]",
+        f"prompt embeddings        [{n // g}, {shape.text_len}, {shape.text_dim}]",
         f"rollouts x^S             [{n}, {c}, {f}, {h}, {w}]   {chunks} chunks of {shape.chunk_frames} frames, times "
         + ", ".join(f"{t:.4f}" for t in plan.times),
         f"scores D(x, y)           [{n}]   gathered over ranks: [{plan.rollouts}]",

@@ -8,6 +8,7 @@ CausVid and Self-Forcing initialise their few-step students). The result ships w
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -110,7 +111,7 @@ def ode_trajectory(model: CausalStudent, x0: Tensor, embeds: Tensor, eps: Tensor
         states [S + 1, N, C, F, H, W].
     """
     states = [eps]
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in itertools.pairwise(times):
         t = now.expand(x0.shape[0], x0.shape[2])
         v = model(states[-1], t, embeds, clean=x0)
         states.append(states[-1] + (after - now) * v)
