@@ -200,20 +200,28 @@ class BlockCausalLayout:
             mask[r.query_start : r.query_end, r.key_start : r.key_end] = True
         return mask
 
-    def block_mask(self, device: torch.device | str = "cpu", block_size: int = 128) -> BlockMask:
+    def block_mask(
+        self, device: torch.device | str = "cpu", *, block_size: int = 128, num_rows: int | None = None
+    ) -> BlockMask:
         """FlexAttention BlockMask, built from the rectangles: the dense mask is never formed.
 
         Args:
             block_size: edge of a block in tokens, for queries and keys.
+            num_rows: sequence length when the caller pads; rows past `num_tokens` see nothing and are not seen.
+        Raises:
+            ValueError: num_rows is smaller than num_tokens.
         """
-        return _block_mask(self, torch.device(device), block_size)
+        rows = self.num_tokens if num_rows is None else num_rows
+        if rows < self.num_tokens:
+            raise ValueError(f"num_rows must be at least {self.num_tokens}, got {num_rows}")
+        return _block_mask(self, torch.device(device), block_size, rows)
 
 
-def _block_mask(layout: BlockCausalLayout, device: torch.device, block_size: int) -> BlockMask:
+def _block_mask(layout: BlockCausalLayout, device: torch.device, block_size: int, rows: int) -> BlockMask:
     """Count the visible pairs of every block; blocks that are full skip the mask function."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    num_blocks = -(-layout.num_tokens // block_size)
+    num_blocks = -(-rows // block_size)
     low = torch.arange(num_blocks, dtype=torch.int64) * block_size
 
     def overlap(start: int, end: int) -> Tensor:  # [num_blocks] tokens of [start, end) in each block
@@ -226,7 +234,7 @@ def _block_mask(layout: BlockCausalLayout, device: torch.device, block_size: int
     partial = (visible > 0) & ~full
 
     width = max(len(s.ranges) for s in layout.strips)
-    bounds = torch.zeros(2 * width, layout.num_tokens, dtype=torch.int32)
+    bounds = torch.zeros(2 * width, rows, dtype=torch.int32)
     for strip in layout.strips:
         for i, (start, end) in enumerate(strip.ranges):
             bounds[2 * i, strip.start : strip.end] = start
@@ -247,9 +255,8 @@ def _block_mask(layout: BlockCausalLayout, device: torch.device, block_size: int
             indices[None, None].to(device=device, dtype=torch.int32).contiguous(),
         )
 
-    lengths = (layout.num_tokens, layout.num_tokens)
     return BlockMask.from_kv_blocks(
-        *ordered(partial), *ordered(full), BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=lengths
+        *ordered(partial), *ordered(full), BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(rows, rows)
     )
 
 
