@@ -254,7 +254,7 @@ def run_case(case: Case, size: Size, impls: Sequence[str], dtype: str, ceilings:
 
 def main() -> None:
     """Parse arguments, measure, print, write CSV and plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time the fused operations against eager and compiled PyTorch.")
     parser.add_argument("--op", choices=("all", *OPS), default="all")
     parser.add_argument("--size", choices=("auto", *SIZES), default="auto", help="auto: both on a GPU, tiny on a CPU")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")

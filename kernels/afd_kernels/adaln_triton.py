@@ -5,13 +5,16 @@ stays in registers; backward, the strip's sums for dshift, dscale, dgate go out 
 kernels/README.md.
 """
 
+# Triton ships no types for kernel launches and for the language inside kernels.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from afd_kernels.launching import device_guard, row_warps, rows_per_program
+from afd_kernels.launching import ceil_div, device_guard, next_power_of_2, row_warps, rows_per_program
 
 FORWARD_ROWS = 16  # rows per program forward: one read of the modulation for 16 rows
 
@@ -169,14 +172,14 @@ def _frames_and_strips(x: Tensor, num_frames: int, rows: int | None) -> tuple[in
     batch, num_tokens, _ = x.shape
     tokens = num_tokens // num_frames
     per_program = min(rows, tokens) if rows else rows_per_program(tokens, batch * num_frames, x.device)
-    return batch * num_frames, tokens, per_program, triton.cdiv(tokens, per_program)
+    return batch * num_frames, tokens, per_program, ceil_div(tokens, per_program)
 
 
 @custom_op("afd_kernels::adaln_modulate", mutates_args=())
 def adaln_modulate_op(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x contiguous [B, N, D]; shift, scale [B, F, D] with stride 1 along D."""
     frames, tokens, rows, strips = _frames_and_strips(x, shift.shape[1], FORWARD_ROWS)
-    block = triton.next_power_of_2(x.shape[2])
+    block = next_power_of_2(x.shape[2])
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     with device_guard(x):
         adaln_modulate_kernel[(frames, strips)](
@@ -196,7 +199,7 @@ def adaln_modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) 
     """dx [B, N, D]; dshift, dscale [B, F, D] in scale's dtype."""
     frames, tokens, rows, strips = _frames_and_strips(x, scale.shape[1], None)
     width = x.shape[2]
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     grad_x = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     partial = torch.empty((frames, strips, 2, width), device=x.device, dtype=torch.float32)
     with device_guard(x):
@@ -218,7 +221,7 @@ def _(grad, x, scale, eps):
 def gated_residual_op(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x, y contiguous [B, N, D]; gate [B, F, D] with stride 1 along D."""
     frames, tokens, rows, strips = _frames_and_strips(x, gate.shape[1], FORWARD_ROWS)
-    block = triton.next_power_of_2(x.shape[2])
+    block = next_power_of_2(x.shape[2])
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     with device_guard(x):
         gated_residual_kernel[(frames, strips)](
@@ -238,7 +241,7 @@ def gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tens
     """dy [B, N, D]; dgate [B, F, D] in gate's dtype. (dx is grad itself.)"""
     frames, tokens, rows, strips = _frames_and_strips(y, gate.shape[1], None)
     width = y.shape[2]
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     grad_y = torch.empty(y.shape, device=y.device, dtype=y.dtype)
     partial = torch.empty((frames, strips, width), device=y.device, dtype=torch.float32)
     with device_guard(y):

@@ -15,6 +15,11 @@ def next_power_of_2(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
+def ceil_div(value: int, divisor: int) -> int:
+    """value / divisor rounded up."""
+    return -(-value // divisor)
+
+
 def element_tile(num_rows: int, row_size: int) -> tuple[int, int]:
     """(rows, columns) of a tile of at most TILE_ELEMENTS over `num_rows` contiguous rows of `row_size` elements."""
     columns = min(TILE_ELEMENTS, next_power_of_2(row_size))
@@ -39,7 +44,7 @@ def rows_per_program(num_rows: int, num_groups: int, device: torch.device, *, sm
         smallest: fewest rows worth one partial sum.
     """
     wanted = 8 * _multiprocessors(device)
-    return min(num_rows, max(smallest, -(-num_rows * num_groups // wanted)))
+    return min(num_rows, max(smallest, ceil_div(num_rows * num_groups, wanted)))
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:

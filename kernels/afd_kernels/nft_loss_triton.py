@@ -4,13 +4,16 @@ A sample is C * F contiguous rows of H * W elements; a row has one time. Forward
 second kernel turns them into the loss and the scalars of the backward pass. Derivation: kernels/README.md.
 """
 
+# Triton ships no types for kernel launches and for the language inside kernels.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from afd_kernels.launching import device_guard, element_tile
+from afd_kernels.launching import ceil_div, device_guard, element_tile, next_power_of_2
 from afd_kernels.nft_loss_reference import ABS_FLOOR, NFTLossConstants
 
 FLOOR = tl.constexpr(ABS_FLOOR)
@@ -217,7 +220,7 @@ def nft_loss_forward(
     num_samples, channels, frames, height, width = v.shape
     num_rows, row_size = channels * frames, height * width
     rows, columns = element_tile(num_rows, row_size)
-    num_partials = triton.cdiv(num_rows, rows)
+    num_partials = ceil_div(num_rows, rows)
     partial = torch.empty((num_samples, num_partials, 5), device=v.device, dtype=torch.float32)
     loss = torch.empty((num_samples,), device=v.device, dtype=torch.float32)
     scalars = torch.empty((num_samples, 3), device=v.device, dtype=torch.float32)
@@ -230,7 +233,7 @@ def nft_loss_forward(
         )  # fmt: skip
         nft_loss_finish_kernel[(num_samples,)](
             partial, w, loss, scalars, num_partials, float(num_rows * row_size), nft_beta, prior_weight,
-            advantage_clip, BLOCK=min(512, triton.next_power_of_2(num_partials)), HAS_OLD=v_old is not None,
+            advantage_clip, BLOCK=min(512, next_power_of_2(num_partials)), HAS_OLD=v_old is not None,
             HAS_REF=v_ref is not None, IS_ADAPTIVE=is_adaptive, IS_PRIOR_WEIGHTED=is_prior_weighted, num_warps=4,
         )  # fmt: skip
     return loss, scalars
@@ -261,7 +264,7 @@ def nft_loss_backward(
     rows, columns = element_tile(num_rows, row_size)
     grad_v = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     with device_guard(v):
-        nft_loss_backward_kernel[(num_samples, triton.cdiv(num_rows, rows))](
+        nft_loss_backward_kernel[(num_samples, ceil_div(num_rows, rows))](
             v, v_old, target, noise, v_ref, times, scalars, grad_loss.contiguous(), grad_v, num_rows, frames, row_size,
             nft_beta, ROWS=rows, COLUMNS=columns, HAS_OLD=v_old is not None, HAS_NOISE=noise is not None,
             HAS_REF=v_ref is not None, IS_ADAPTIVE=is_adaptive, num_warps=4,

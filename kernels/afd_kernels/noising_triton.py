@@ -3,13 +3,16 @@
 Rows as in `nft_loss_triton`: C * F rows of H * W elements per sample, one time per row.
 """
 
+# Triton ships no types for kernel launches and for the language inside kernels.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from afd_kernels.launching import device_guard, element_tile
+from afd_kernels.launching import ceil_div, device_guard, element_tile
 from afd_kernels.noising_reference import PhiloxNoise
 
 GIVEN, QUADS, SINGLES = 0, 1, 2  # noise: read; four elements per counter; one element per thread (rows not % 4)
@@ -102,7 +105,7 @@ def add_noise_and_target_op(
     x_t = torch.empty(x0.shape, device=x0.device, dtype=x0.dtype)
     target = torch.empty(x0.shape, device=x0.device, dtype=x0.dtype)
     with device_guard(x0):
-        add_noise_and_target_kernel[(num_samples, triton.cdiv(num_rows, rows), triton.cdiv(row_size, columns))](
+        add_noise_and_target_kernel[(num_samples, ceil_div(num_rows, rows), ceil_div(row_size, columns))](
             x0, eps, times, x_t, target, num_rows, frames, row_size, seed, offset,
             ROWS=rows, COLUMNS=columns, NOISE=noise, num_warps=4,
         )  # fmt: skip

@@ -5,13 +5,16 @@ p % (head_dim / 2) of the token's table row. The result goes to [B, heads, N, he
 of a KV cache. Derivation: kernels/README.md.
 """
 
+# Triton ships no types for kernel launches and for the language inside kernels.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from afd_kernels.launching import device_guard, row_warps, rows_per_program
+from afd_kernels.launching import ceil_div, device_guard, next_power_of_2, row_warps, rows_per_program
 
 
 @triton.jit
@@ -150,7 +153,7 @@ def rope_qk_norm_backward_kernel(
 
 def _launch_forward(q, k, q_weight, k_weight, cos, sin, q_out, k_out, eps) -> None:
     batch, num_tokens, width = q.shape
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     with device_guard(q):
         rope_qk_norm_kernel[(batch * num_tokens,)](
             q, k, q_weight, k_weight, cos, sin, q_out, k_out, num_tokens, *q_out.stride()[:3], *k_out.stride()[:3],
@@ -214,9 +217,9 @@ def rope_qk_norm_backward(
     batch, num_tokens, width = x.shape
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    num_rows, block = batch * num_tokens, triton.next_power_of_2(width)
+    num_rows, block = batch * num_tokens, next_power_of_2(width)
     rows = rows_per_program(num_rows, 1, x.device)
-    programs = triton.cdiv(num_rows, rows)
+    programs = ceil_div(num_rows, rows)
     grad_x = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     partial = torch.empty((programs, width), device=x.device, dtype=torch.float32)
     with device_guard(x):

@@ -175,10 +175,11 @@ def patch_interpreter_bf16() -> None:
             return cast_impl(self, src, dst_type)
         return plain["create_fp_to_fp"](self, src, dst_type, rounding_mode)
 
-    builder.cast_impl, builder.create_dot, builder.create_fp_to_fp = cast_impl, create_dot, create_fp_to_fp
-    builder.binary_op, builder.unary_op = elementwise("binary_op", 2), elementwise("unary_op", 1)
-    builder.ternary_op = elementwise("ternary_op", 3)
-    builder.has_real_bf16 = True
+    for name, operands in (("binary_op", 2), ("unary_op", 1), ("ternary_op", 3)):
+        setattr(builder, name, elementwise(name, operands))
+    for replacement in (cast_impl, create_dot, create_fp_to_fp):
+        setattr(builder, replacement.__name__, replacement)
+    setattr(builder, "has_real_bf16", True)  # noqa: B010  (the class does not declare it)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ def draw(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     tokens, width = GRID[0] * GRID[1] * GRID[2], HEADS * HEAD_DIM
     q, k = (torch.randn(2, tokens, width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    weights = (torch.randn(width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    return q, k, *weights
+    first, second = (torch.randn(width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return q, k, first, second
 
 
 @pytest.mark.parametrize("frame_offset", [0, 18])
@@ -82,18 +82,19 @@ def test_gradients_pass_gradcheck():
     table = rope_3d_table(*GRID, 6, dtype=torch.float64)
     inputs = (q[:1, :4].detach().requires_grad_(), k[:1, :4].detach().requires_grad_(), q_weight, k_weight)
     cos, sin = (x[:4] for x in table)
-    assert torch.autograd.gradcheck(lambda *x: rope_qk_norm(*x, cos, sin, num_heads=2), inputs)
+    assert torch.autograd.gradcheck(lambda *x: rope_qk_norm(x[0], x[1], x[2], x[3], cos, sin, num_heads=2), inputs)
 
 
 def test_keys_are_written_into_a_cache_slice():
-    inputs = draw(torch.float32)
-    table = rope_3d_table(*GRID, HEAD_DIM)
+    q, k, q_weight, k_weight = draw(torch.float32)
+    cos, sin = rope_3d_table(*GRID, HEAD_DIM)
     cache = torch.zeros(2, HEADS, 50, HEAD_DIM)
-    q, k = rope_qk_norm(*inputs, *table, num_heads=HEADS, k_out=cache[:, :, 10:40])
-    expected_q, expected_k = rope_qk_norm(*inputs, *table, num_heads=HEADS)
-    assert torch.equal(q, expected_q)
+    inputs = (q, k, q_weight, k_weight, cos, sin)
+    cached_q, cached_k = rope_qk_norm(*inputs, num_heads=HEADS, k_out=cache[:, :, 10:40])
+    expected_q, expected_k = rope_qk_norm(*inputs, num_heads=HEADS)
+    assert torch.equal(cached_q, expected_q)
     assert torch.equal(cache[:, :, 10:40], expected_k)
-    assert k.data_ptr() == cache[:, :, 10:40].data_ptr()
+    assert cached_k.data_ptr() == cache[:, :, 10:40].data_ptr()
 
 
 def test_cache_slice_and_gradient_exclude_each_other():
@@ -127,5 +128,6 @@ def test_wrong_arguments_are_named(change, message):
 
 @pytest.mark.parametrize(("sizes", "head_dim"), [((0, 2, 2), 16), ((2, 2, 2), 15)])
 def test_wrong_table_sizes_are_named(sizes, head_dim):
+    frames, height, width = sizes
     with pytest.raises(ValueError, match="must be"):
-        rope_3d_table(*sizes, head_dim)
+        rope_3d_table(frames, height, width, head_dim)

@@ -24,7 +24,8 @@ def poison():
 
 def draw(batch, num_heads, head_dim, grid, frame_offset=0):
     generator = torch.Generator().manual_seed(0)
-    width, tokens = num_heads * head_dim, grid[0] * grid[1] * grid[2]
+    frames, height, columns = grid
+    width, tokens = num_heads * head_dim, frames * height * columns
     inputs = {
         "q": torch.randn(batch, tokens, width, generator=generator, requires_grad=True),
         "k": 3 * torch.randn(batch, tokens, width, generator=generator),
@@ -32,7 +33,9 @@ def draw(batch, num_heads, head_dim, grid, frame_offset=0):
         "k_weight": torch.rand(width, generator=generator, requires_grad=True),
     }
     inputs["k"].requires_grad_()
-    return inputs, rope_3d_table(*grid, head_dim, frame_offset=frame_offset, dtype=torch.float64, device=DEVICE)
+    return inputs, rope_3d_table(
+        frames, height, columns, head_dim, frame_offset=frame_offset, dtype=torch.float64, device=DEVICE
+    )
 
 
 def check(dtype, batch, num_heads, head_dim, grid, frame_offset=0):
@@ -66,14 +69,18 @@ def test_every_shape_matches_the_oracle(num_heads, head_dim, grid, dtype):
 def test_keys_go_straight_into_the_cache(dtype):
     num_heads, head_dim, grid = 2, 6, (1, 2, 3)
     inputs, table = draw(2, num_heads, head_dim, grid)
-    values = [value.detach().to(DEVICE, dtype) for value in inputs.values()]
+    q, k, q_weight, k_weight = (value.detach().to(DEVICE, dtype) for value in inputs.values())
     cos, sin = (x.float() for x in table)
     cache = torch.full((2, num_heads, 20, head_dim), 7.0, device=DEVICE, dtype=dtype)
     slot = cache[:, :, 5:11]
-    q, k = rope_qk_norm(*values, cos, sin, num_heads=num_heads, k_out=slot, impl="triton")
-    expected_q, expected_k = rope_qk_norm(*values, cos, sin, num_heads=num_heads, impl="triton")
-    assert k.data_ptr() == slot.data_ptr()
-    assert torch.equal(q, expected_q)
+
+    def run(k_out):
+        return rope_qk_norm(q, k, q_weight, k_weight, cos, sin, num_heads=num_heads, k_out=k_out, impl="triton")
+
+    cached_q, cached_k = run(slot)
+    expected_q, expected_k = run(None)
+    assert cached_k.data_ptr() == slot.data_ptr()
+    assert torch.equal(cached_q, expected_q)
     assert torch.equal(cache[:, :, 5:11], expected_k)
     assert bool((cache[:, :, :5] == 7).all())
     assert bool((cache[:, :, 11:] == 7).all())
