@@ -1,0 +1,141 @@
+"""Reading and writing the run's configuration: every mistake gets one line that teaches."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from afd.config import RunConfig
+from afd.config_file import ConfigError, dump_config, load_config
+
+
+def write(folder: Path, text: str) -> Path:
+    """A YAML file."""
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The one line a wrong configuration is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "# nothing\n")) == RunConfig()
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 3\nrollout:\n  group_size: 8\n  shift: 2.0\n")
+    config = load_config(
+        path,
+        [
+            "rollout.group_size=2",
+            "--nft.nft_beta=0.1",
+            "rollout.steps=[900, 10]",
+            "data.train_shards=a/b",
+            "student.init_from=null",
+            "teacher.physics.gravity=-2",
+        ],
+    )
+    assert (config.seed, config.rollout.group_size, config.rollout.shift) == (3, 2, 2.0)
+    assert (config.nft.nft_beta, config.rollout.steps) == (0.1, (900, 10))
+    assert config.data.train_shards == Path("a/b")
+    assert config.student.init_from is None
+    assert config.teacher.physics.gravity == -2
+
+
+def test_dump_reads_back_to_an_equal_configuration(tmp_path: Path) -> None:
+    overrides = ["seed=7", "rollout.steps=[1000,1]", "student.init_from=weights/a.safetensors", "nft.variant=plain"]
+    config = load_config(write(tmp_path, ""), overrides)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert load_config(write(tmp_path, dump_config(RunConfig()))) == RunConfig()
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    assert load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml").rollout.group_size > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rollout:\n  group_sise: 4\n", "unknown key rollout.group_sise, did you mean rollout.group_size?"),
+        ("rolout:\n  group_size: 4\n", "unknown key rolout, did you mean rollout?"),
+        ("group_size: 4\n", "unknown key group_size, did you mean rollout.group_size?"),
+        ("nft:\n  group_size: 4\n", "unknown key nft.group_size, did you mean rollout.group_size?"),
+        ("zzzzzz: 4\n", "unknown key zzzzzz"),
+        ("17: 4\n", "unknown key 17"),
+    ],
+)
+def test_unknown_keys_get_a_suggestion(tmp_path: Path, text: str, message: str) -> None:
+    assert refusal(write(tmp_path, text)) == message
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "lr", "student.lr", "gradient_clipping", "nft.precision"])
+def test_deepspeeds_knobs_are_sent_to_its_json(tmp_path: Path, key: str) -> None:
+    expected = f"{key} belongs in the DeepSpeed JSON (--ds_config), not in the YAML configuration"
+    assert refusal(write(tmp_path, ""), f"{key}=1") == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_steps=0", "num_steps: Input should be greater than 0, got 0"),
+        ("num_steps=many", "num_steps: Input should be a valid integer"),
+        ("rollout.policy=newest", "rollout.policy: Input should be 'current' or 'ema', got 'newest'"),
+        ("averages.ema_decay=1.5", "averages.ema_decay: Input should be less than or equal to 1, got 1.5"),
+        ("discriminator.label_smoothing=0.5", "discriminator.label_smoothing: Input should be less than 0.5"),
+        ("nft.nft_beta=.nan", "nft.nft_beta: "),
+        ("rollout.steps=[1000, x]", "rollout.steps.1: Input should be a valid integer"),
+        ("rollout=4", "rollout must be a section with fields ['group_size', 'policy', 'shift', 'steps'], got 4"),
+        ("rollout.group_size", "override must read section.field=value, got 'rollout.group_size'"),
+        ("rollout..group_size=4", "override must read section.field=value, got 'rollout..group_size=4'"),
+        ("seed.x=4", "override seed.x: 'seed' is a value, not a section"),
+        ("rollout.steps=[1000", "override rollout.steps must have a YAML value, got '[1000'"),
+    ],
+)
+def test_wrong_values_name_the_field_and_what_came(tmp_path: Path, override: str, message: str) -> None:
+    assert refusal(write(tmp_path, "seed: 0\n"), override).startswith(message)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "absent.yaml") == f"--config {tmp_path / 'absent.yaml'} does not exist"
+    assert refusal(tmp_path) == f"--config {tmp_path} does not exist"
+
+
+@pytest.mark.parametrize("content", [b"rollout: [1, 2\n", b"a: b: c\n", b"\xff\xfe\xff"])
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    assert refusal(path).startswith(f"--config {path} is not valid YAML: ")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- 1\n", "list"), ("hello\n", "str"), ("3\n", "int")])
+def test_a_file_must_hold_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
+    path = write(tmp_path, text)
+    assert refusal(path) == f"--config {path} must hold a mapping of sections, got {kind}"
+
+
+def test_the_configuration_is_frozen() -> None:
+    config = RunConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.rollout.group_size = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_field_is_documented() -> None:
+    def undocumented(section: type, prefix: str) -> list[str]:
+        names = []
+        for name, field in section.model_fields.items():  # pyright: ignore[reportAttributeAccessIssue]
+            nested = field.annotation
+            if hasattr(nested, "model_fields"):
+                names += undocumented(nested, f"{prefix}{name}.")
+            elif not field.description:
+                names.append(f"{prefix}{name}")
+        return names
+
+    assert undocumented(RunConfig, "") == []

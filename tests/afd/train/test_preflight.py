@@ -1,0 +1,215 @@
+"""What is refused before a process group exists, and what `--dry_run` says."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from afd.config import RunConfig, StudentShape
+from afd.config_file import ConfigError, load_config
+from afd.models.student import CausalStudent
+from afd.models.weights import save_student
+from afd.train import preflight
+from afd.train.engines import DSConfig
+from afd.train.preflight import RunPlan, describe_plan, plan_run
+
+DS_STUDENT: DSConfig = {
+    "train_batch_size": 16,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+DS_DISCRIMINATOR: DSConfig = {
+    "train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 2},
+}
+Plan = Callable[..., RunPlan]
+
+
+def write_student(folder: Path, **changes: Any) -> Path:
+    """A tiny student file that fits the default video; `changes` to its shape."""
+    shape = StudentShape(**{"num_layers": 1, "num_heads": 1, "head_dim": 6, "ffn_dim": 8, "freq_dim": 4, **changes})
+    path = folder / "student.safetensors"
+    save_student(CausalStudent(shape), path, dtype=torch.float16, note={})
+    return path
+
+
+def make_config(folder: Path, *overrides: str) -> RunConfig:
+    """The defaults with a tiny student and everything written under `folder`."""
+    path = folder / "run.yaml"
+    path.write_text(f"output_dir: {folder / 'out'}\nstudent:\n  init_from: {folder / 'student.safetensors'}\n")
+    return load_config(path, overrides)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """`plan(*overrides, shape=, student=, discriminator=, world_size=)`: plan a run with these changes."""
+
+    def make(
+        *overrides: str,
+        shape: dict[str, Any] | None = None,
+        student: DSConfig | None = None,
+        discriminator: DSConfig | None = None,
+        world_size: int = 2,
+    ) -> RunPlan:
+        write_student(tmp_path, **(shape or {}))
+        ds_student = copy.deepcopy(DS_STUDENT) | (student or {})
+        ds_discriminator = copy.deepcopy(DS_DISCRIMINATOR) | (discriminator or {})
+        return plan_run(make_config(tmp_path, *overrides), ds_student, ds_discriminator, world_size=world_size)
+
+    return make
+
+
+def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
+    resolved = plan()
+    assert resolved.student_path == tmp_path / "student.safetensors"
+    assert resolved.num_parameters == sum(p.numel() for p in CausalStudent(resolved.shape).parameters())
+    assert resolved.latents == (12, 12, 4, 4)
+    assert (resolved.rollouts, resolved.prompts_per_rank, resolved.world_size) == (16, 2, 2)
+    assert resolved.student_batch == (16, 4, 2)
+    assert resolved.discriminator_batch == (16, 8, 1)
+    assert resolved.times == pytest.approx((1.0, 0.75))
+    assert not (tmp_path / "out").exists(), "planning must write nothing"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "message"),
+    [
+        ([], {"student": {"train_batch_size": 18}}, "train_batch_size 18 must be a multiple of"),
+        ([], {"world_size": 3}, "train_batch_size 16 must be a multiple of"),
+        (
+            [],
+            {"discriminator": {"train_batch_size": 32}},
+            "train_batch_size must be the same in both DeepSpeed JSONs (rollouts per step), got 16 for the student "
+            "and 32 for the discriminator",
+        ),
+        (
+            ["rollout.group_size=16"],
+            {},
+            "train_batch_size 16 must be a multiple of rollout.group_size 16 x 2 ranks",
+        ),
+        (
+            ["rollout.group_size=2", "teacher.num_prompts=7"],
+            {},
+            "teacher.num_prompts must be at least 8, one step's, got 7",
+        ),
+        (["rollout.group_size=1"], {}, "rollout.group_size must be > 1 with nft.baseline = group"),
+        (["rollout.steps=[500, 500]"], {}, "steps must be strictly decreasing integers"),
+        (["video.num_frames=13"], {}, "video.num_frames must be 3 + a multiple of the student's chunk 3, got 13"),
+        (["video.num_frames=2"], {}, "video.num_frames must be 3 + a multiple of the student's chunk 3, got 2"),
+        (["video.height=18"], {}, "video.height and video.width must be divisible by 4 for codec dct, got 18 x 16"),
+        (
+            ["video.height=20"],
+            {"shape": {"patch_size": (1, 2, 2)}},
+            "video.height and video.width must give latents divisible by the student's patch [2, 2], got latents 5 x 4",
+        ),
+        (
+            [],
+            {"shape": {"in_channels": 16}},
+            "student must have in_channels = out_channels = 12, the channels of encoders.codec = dct, got 16 and 12",
+        ),
+        (["encoders.codec=wan_vae"], {}, "student must have in_channels = out_channels = 16"),
+        (
+            ["video.num_frames=13"],
+            {"shape": {"first_chunk_frames": 1}},
+            "student.first_chunk_frames must equal chunk_frames 3, got 1",
+        ),
+        (["discriminator.shape.in_channels=16"], {}, "discriminator.shape.in_channels must be 12, got 16"),
+        (
+            ["discriminator.shape.patch_size=[3, 1, 3]"],
+            {},
+            "discriminator.shape.patch_size must divide the latents [12, 4, 4], got [3, 1, 3]",
+        ),
+        ([], {"shape": {"text_dim": 24}}, "student text_dim must be 32, the width of the text encoder text_encoder"),
+        (
+            ["discriminator.shape.text_dim=24"],
+            {},
+            "discriminator.shape.text_dim must be 32, the width of the text encoder text_encoder, got 24",
+        ),
+        (["encoders.text_path=nowhere"], {}, "encoders.text_path nowhere must hold a T5 config.json with d_model: "),
+        ([], {"shape": {"text_len": 15}}, "encoders.text_len must be at most 15, the student's text_len, got 16"),
+        (
+            [],
+            {"student": {"zero_optimization": {"stage": 3}}},
+            "zero_optimization.stage3_param_persistence_threshold must be 0 (averages are swapped shard by shard), "
+            "got None",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(plan: Plan, overrides: list[str], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        plan(*overrides, **changes)
+
+
+def test_one_rollout_per_prompt_is_fine_with_the_batch_baseline(plan: Plan) -> None:
+    assert plan("rollout.group_size=1", "nft.baseline=batch").prompts_per_rank == 8
+
+
+def test_stage_2_needs_no_persistence_threshold(plan: Plan) -> None:
+    assert plan(student={"zero_optimization": {"stage": 2}}).rollouts == 16
+
+
+@pytest.mark.parametrize("missing", ["train", "heldout"])
+def test_missing_shards_are_named(plan: Plan, tmp_path: Path, missing: str) -> None:
+    folders = {split: tmp_path / split for split in ("train", "heldout")}
+    for split, folder in folders.items():
+        folder.mkdir()
+        if split != missing:
+            (folder / "index.json").write_text("{}")
+    overrides = ["teacher.kind=shards", *(f"data.{split}_shards={folder}" for split, folder in folders.items())]
+    message = f"shard folder {folders[missing]} must hold index.json, which is missing (write one: afd prepare)"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan(*overrides)
+    (folders[missing] / "index.json").write_text("{}")
+    assert plan(*overrides).rollouts == 16
+
+
+@pytest.mark.parametrize("below", ["", "/deeper/still"])
+def test_an_output_folder_that_is_a_file_is_refused(plan: Plan, tmp_path: Path, below: str) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir .* must be a folder, but .*taken is a file"):
+        plan(f"output_dir={tmp_path / 'taken'}{below}")
+
+
+def test_a_full_disk_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_DISK_RESERVE_BYTES", 2**62)
+    with pytest.raises(ConfigError, match=r"needs about 4294967296\.0 GiB, only .* GiB are free"):
+        plan()
+
+
+def test_a_missing_or_foreign_student_is_named(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    with pytest.raises(ConfigError, match="must be a safetensors file"):
+        plan_run(config, DS_STUDENT, DS_DISCRIMINATOR, world_size=1)
+    save_file({"a": torch.zeros(1)}, tmp_path / "student.safetensors")
+    with pytest.raises(ConfigError, match="must hold `student_shape` in the metadata"):
+        plan_run(config, DS_STUDENT, DS_DISCRIMINATOR, world_size=1)
+
+
+def test_the_description_says_the_arithmetic_and_the_shapes(plan: Plan, tmp_path: Path) -> None:
+    resolved = plan()
+    text = describe_plan(make_config(tmp_path), resolved, DS_STUDENT)
+    for expected in (
+        "ranks 2; rollouts per step N = 16 = 4 prompts x G 4",
+        "per rank: 2 prompts, 8 rollouts",
+        "student:       micro 4 x accumulation 2 x ranks 2 = 16",
+        "discriminator: micro 8 x accumulation 1 x ranks 2 = 16",
+        f"ZeRO stage 3, {resolved.num_parameters:,} student parameters",
+        "teacher latents x^T      [2, 12, 12, 4, 4]",
+        "prompt embeddings        [2, 16, 32]",
+        "rollouts x^S             [8, 12, 12, 4, 4]   4 chunks of 3 frames, times 1.0000, 0.7500",
+        "gathered over ranks: [16]",
+        "student tokens           [4, 384, 6]   layout [clean | noisy]",
+        "velocities v, v_old, v_ref  [8, 12, 12, 4, 4]",
+        "group_size: 4",
+    ):
+        assert expected in text
+    without_prior = describe_plan(make_config(tmp_path, "nft.prior_weight=0"), resolved, DS_STUDENT)
+    assert "v_ref  [" not in without_prior
