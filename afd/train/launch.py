@@ -16,13 +16,16 @@ import torch
 
 from afd.config import RunConfig
 from afd.config_file import ConfigError, dump_config, load_config
+from afd.data.integrity import open_dataset, read_record
 from afd.distributed import World, barrier, broadcast_object, close_world, init_world
 from afd.evaluation.report import terminal_table
-from afd.preparation import prepare_shards
-from afd.tracking import MLflowTracker, NullTracker, Tracker
-from afd.train.commit import RunLock, list_commits, set_aside_run
+from afd.preparation import prepare_shards, shard_folders
+from afd.tracking import JournalTracker, MLflowTracker, NullTracker, Tracker
+from afd.train.checkpoint import find_commit
+from afd.train.commit import RunLock, list_commits, read_manifest, set_aside_run
 from afd.train.engines import DSConfig, load_ds_config
 from afd.train.preflight import RunPlan, describe_plan, plan_run
+from afd.train.restore import check_resumable
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.resume and not list_commits(config.output_dir / "checkpoints"):
         raise ConfigError(f"--resume: {config.output_dir / 'checkpoints'} must hold a commit, got none")
     RunLock(config.output_dir).check()
+    if not arguments.fresh:
+        check_resumable(config, plan)
+    if config.teacher.kind == "shards":
+        _check_shard_shapes(config, plan)
     if arguments.dry_run:
         if int(os.environ.get("RANK", "0")) == 0:
             sys.stdout.write(describe_plan(config, plan, ds_student) + "\n")
@@ -102,19 +109,22 @@ def _train(
         barrier()
         if config.teacher.kind == "physics":
             _prepare_on_main(config, is_main=world.is_main)
+        for folder in shard_folders(config):
+            open_dataset(folder)  # whole, before anything of the run is written
+        commit = find_commit(output / "checkpoints")
+        resumed_step = read_manifest(commit)["step"] if commit else None
         # Heavy imports wait until everything cheap has been checked.
         from afd.train.builders import build_roles
         from afd.train.trainer import Trainer
 
-        resumed_step = broadcast_object(_newest_step(output))
         tracker: Tracker = NullTracker()
         if world.is_main:
             (output / "config.yaml").write_text(dump_config(config))
             tracker = _open_tracker(config, plan, ds_student, ds_discriminator, resumed_step)
-        roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
-        trainer = Trainer(config, plan, roles, tracker, world=world)
         try:
-            report = trainer.run(_run_facts(plan, world))
+            roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
+            trainer = Trainer(config, plan, roles, tracker, world=world)
+            report = trainer.run(_run_facts(plan, world), resume_from=commit)
         except BaseException:
             tracker.close("FAILED")
             raise
@@ -122,6 +132,19 @@ def _train(
         if world.is_main:
             sys.stdout.write(f"\n{terminal_table(trainer.evaluation)}\n\nreport: {report}\n")
     return 0
+
+
+def _check_shard_shapes(config: RunConfig, plan: RunPlan) -> None:
+    """Shards made elsewhere must hold what this student reads; reads their headers only."""
+    embeds = (plan.shape.text_len, plan.shape.text_dim)
+    for folder in shard_folders(config):
+        record = read_record(folder)
+        for name, expected, got in (
+            ("latents", plan.latents, record.latent_shape),
+            ("prompt embeddings", embeds, record.prompt_embeds_shape),
+        ):
+            if got != expected:
+                raise ConfigError(f"shards {folder}: {name} must be {list(expected)}, got {list(got)}")
 
 
 def _prepare_on_main(config: RunConfig, *, is_main: bool) -> None:
@@ -146,6 +169,8 @@ def _open_tracker(
         "ds_discriminator": ds_discriminator,
         "ranks": plan.world_size,
     }
+    if not config.tracking.mlflow:
+        return JournalTracker(config.output_dir, resumed_step=resumed_step)
     return MLflowTracker(
         config.output_dir,
         config.tracking.experiment,
@@ -185,8 +210,3 @@ def _git_commit() -> str:
     except FileNotFoundError:
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def _newest_step(output: Path) -> int | None:
-    commits = list_commits(output / "checkpoints")
-    return commits[0][0] if commits else None

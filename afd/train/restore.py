@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from afd.config import RunConfig
-from afd.config_file import load_config
+from afd.config_file import ConfigError, load_config
 from afd.models.student import CausalStudent
 from afd.models.weights import check_names_and_shapes, read_student_shape
 from afd.train.builders import prepare_student
 from afd.train.checkpoint import CONFIG, STUDENT_WEIGHTS, read_student_weights
-from afd.train.commit import list_commits
+from afd.train.commit import list_commits, read_manifest
+from afd.train.preflight import RunPlan
 
 
 def resolve_commit(path: Path) -> Path:
@@ -26,6 +27,42 @@ def resolve_commit(path: Path) -> Path:
         if commits:
             return commits[0][1]
     raise ValueError(f"--checkpoint {path} must be a commit, a checkpoints folder or a run's folder, got none of them")
+
+
+def check_resumable(config: RunConfig, plan: RunPlan) -> None:
+    """Refuse to go on from another run's commit while nothing of that run has been touched; reads headers only.
+
+    A damaged newest commit passes: choosing an older one is `find_commit`'s.
+
+    Raises:
+        ConfigError: the output folder's newest commit is of another student, data set or number of ranks.
+    """
+    commits = list_commits(config.output_dir / "checkpoints")
+    if not commits:
+        return
+    commit = commits[0][1]
+    try:
+        world_size = read_manifest(commit)["world_size"]
+        saved = read_student_shape(commit / STUDENT_WEIGHTS).model_dump()
+        before = load_config(commit / CONFIG)
+    except ValueError:
+        return
+    own = plan.shape.model_dump()
+    different = [f"{name} {saved[name]}, not {own[name]}" for name in own if saved[name] != own[name]]
+    pairs = {
+        "LoRA": (before.student.lora, config.student.lora),
+        "teacher": (before.teacher, config.teacher),
+        "video format": (before.video, config.video),
+        "encoder": (before.encoders, config.encoders),
+    }
+    different += [f"another {name}" for name, (old, new) in pairs.items() if old != new]
+    if world_size != plan.world_size:
+        different.append(f"{world_size} ranks, not {plan.world_size}")
+    if different:
+        raise ConfigError(
+            f"output_dir {config.output_dir} holds a run with {'; '.join(different[:3])}: choose another output_dir, "
+            "or set that run aside with --fresh"
+        )
 
 
 def load_commit(path: Path, *, average: str | None = "ema") -> tuple[CausalStudent, RunConfig]:

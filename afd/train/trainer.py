@@ -24,7 +24,7 @@ from afd.models.encoders import load_codec
 from afd.preparation import shard_folders
 from afd.tracking import Tracker
 from afd.train.averaging import ParameterAverage
-from afd.train.checkpoint import find_commit, load_checkpoint, save_checkpoint
+from afd.train.checkpoint import load_checkpoint, save_checkpoint
 from afd.train.engines import gathered
 from afd.train.objectives import Roles, StepTimer, afd_step, warmup_step
 from afd.train.preflight import RunPlan
@@ -62,20 +62,23 @@ class Trainer:
     def _engines(self) -> dict[str, Any]:
         return {"student": self.roles.student, "discriminator": self.roles.discriminator}
 
-    def run(self, facts: dict[str, Any]) -> Path | None:
+    def run(self, facts: dict[str, Any], *, resume_from: Path | None = None) -> Path | None:
         """Train to the configured number of steps.
 
         Args:
             facts: where and with what the run is made; goes to run.json with the duration.
+            resume_from: the verified commit to go on from; None starts at step 0.
         Returns:
             The report's path on rank 0.
         """
         started = time.perf_counter()
-        self._resume()
+        if resume_from is not None:
+            self._resume(resume_from)
         if "base" not in self.evaluation:
             self.evaluation["teacher"] = self.evaluator.evaluate_teacher()
             self.evaluation["base"] = self._evaluate(self.roles.reference)
             self._warm_up()
+        self._scale_discriminator_lr()
         for step in self._progress(self.step, self.config.num_steps, "AFD"):
             metrics = self._train_step(step)
             self._log(step + 1, metrics)
@@ -94,6 +97,12 @@ class Trainer:
         if self.world.is_main:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (self.config.output_dir / "warmup.jsonl").write_text(text)
+
+    def _scale_discriminator_lr(self) -> None:
+        engine = self.roles.discriminator
+        lr = engine.optimizer_params()["lr"] * self.config.discriminator.lr_scale
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
 
     def _train_step(self, step: int) -> dict[str, float]:
         timer = StepTimer()
@@ -156,10 +165,7 @@ class Trainer:
             keep=self.config.checkpoint.keep,
         )
 
-    def _resume(self) -> None:
-        commit = find_commit(self.config.output_dir / "checkpoints")
-        if commit is None:
-            return
+    def _resume(self, commit: Path) -> None:
         restored = load_checkpoint(commit, engines=self._engines, averages=self._averages, is_verified=True)
         self.loader.load_state_dict(restored.state["loader"])
         self.step = restored.state["step"]
