@@ -1,0 +1,219 @@
+"""One rank of test_objectives.py: whole AFD steps on real engines, and the same student gradient by hand."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd.config import RunConfig
+from afd.config_file import load_config
+from afd.diffusion.flow_matching import sampler_grid
+from afd.distributed import close_world, init_world, seeded_generator
+from afd.models.discriminator import LatentDiscriminator
+from afd.models.student import CausalStudent
+from afd.models.weights import load_student
+from afd.rollout import rollout, rollout_noise
+from afd.train.builders import build_roles
+from afd.train.engines import consolidated_weights
+from afd.train.objectives import FORWARD, ROLLOUT, Roles, StepTimer, afd_step, sample_generators, warmup_step
+from afd.train.preflight import plan_run
+from afd.train.student_update import make_noised_states, update_student
+from afd.types import Rollout, VideoBatch
+
+ROOT = Path(__file__).parents[3]
+BATCH, GROUP, SGD_LR = 8, 2, 0.1
+SHAPE = (12, 6, 4, 4)  # C, F, H, W: two chunks
+
+parser = argparse.ArgumentParser()
+parser.add_argument("result", type=Path)
+parser.add_argument("student", type=Path)
+parser.add_argument("--local_rank", type=int)
+options = parser.parse_args()
+world = init_world(600)
+
+
+def json_for(stage: int, optimizer: dict[str, Any], clipping: float = 1.0) -> dict[str, Any]:
+    return {
+        "train_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clipping,
+        "optimizer": optimizer,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def adamw(lr: float) -> dict[str, Any]:
+    return {"type": "AdamW", "params": {"lr": lr, "eps": 1e-4, "torch_adam": True}}
+
+
+def configuration(*overrides: str) -> RunConfig:
+    fixed = (
+        f"student.init_from={options.student}",
+        f"rollout.group_size={GROUP}",
+        f"video.num_frames={SHAPE[1]}",
+        f"output_dir={options.result.parent / 'run'}",
+    )
+    return load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *overrides])
+
+
+def roles_for(config: RunConfig, student: dict[str, Any], discriminator: dict[str, Any]) -> Roles:
+    plan = plan_run(config, student, discriminator, world_size=world.size)
+    return build_roles(config, plan, student, discriminator, world=world)
+
+
+def batch_at(step: int) -> VideoBatch:
+    """This rank's share of the step's prompts; sample i is the same wherever it is read."""
+    prompts = BATCH // GROUP
+    every = [step * prompts + i for i in range(prompts)]
+    ids = every[world.rank * prompts // world.size : (world.rank + 1) * prompts // world.size]
+    latents = torch.stack([torch.randn(SHAPE, generator=seeded_generator(1, i)) for i in ids])
+    embeds = torch.stack([torch.randn(16, 32, generator=seeded_generator(2, i)) for i in ids])
+    return VideoBatch(torch.tensor(ids), tuple(map(str, ids)), latents, embeds)
+
+
+def train(*overrides: str, stages: tuple[int, int] = (3, 2)) -> dict[str, Any]:
+    """One warm-up step and three AFD steps: every metric, and what became of the weights."""
+    config = configuration(*overrides)
+    roles = roles_for(config, json_for(stages[0], adamw(1e-3)), json_for(stages[1], adamw(1e-3)))
+    before = consolidated_weights(roles.student)
+    rows = []
+    for step in range(4):
+        one_step = warmup_step if step == 0 else afd_step
+        metrics = one_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
+        rows.append({name: float(value) for name, value in metrics.items()})
+    after = consolidated_weights(roles.student)
+    changed = {name: not torch.equal(before[name], after[name]) for name in after}
+    return {
+        "rows": rows,
+        "changed": sorted(name for name in changed if changed[name]),
+        "kept": sorted(name for name in changed if not changed[name]),
+        "student_steps": roles.student.global_steps,
+        "weights": {name: each.flatten()[:5].tolist() for name, each in after.items()},
+    }
+
+
+def flat(weights: dict[str, Tensor]) -> Tensor:
+    return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
+
+
+def gradient_by_hand(
+    student: CausalStudent,
+    weights: dict[str, dict[str, Tensor]],
+    discriminator: LatentDiscriminator,
+    config: RunConfig,
+    step: int,
+) -> Tensor:
+    """The student's gradient of one AFD step in float64, from the paper's formulas; no engine, no kernel."""
+    nft, batch, g = config.nft, batch_at(step), config.rollout.group_size
+    times = sampler_grid(config.rollout.steps, shift=config.rollout.shift)
+    ids = batch.sample_ids.tolist()
+    prompt = batch.prompt_embeds.repeat_interleave(g, dim=0).double()
+    student.double()
+
+    def with_weights(name: str) -> CausalStudent:
+        student.load_state_dict({key: each.double() for key, each in weights[name].items()})
+        return student
+
+    keys = [(config.seed, ROLLOUT, step, i, k) for i in ids for k in range(g)]
+    x0 = rollout(with_weights("old"), prompt, rollout_noise(keys, len(times), SHAPE).double(), times)
+    with torch.no_grad():
+        scores = discriminator.double()(x0, prompt).view(-1, g)
+    advantage = scores - scores.mean(dim=1, keepdim=True)
+    advantage = (advantage / (advantage.std(correction=0) + 1e-4)).flatten()
+    w = 0.5 + 0.5 * (advantage / nft.advantage_clip).clamp(-1, 1)
+
+    generators = sample_generators(batch, g, config.seed, FORWARD, step, 0)
+    grid = torch.tensor(times).double()
+    uniforms = torch.stack([torch.rand(SHAPE[1] // 3, generator=each) for each in generators])
+    t = grid[(uniforms * len(times)).long()].repeat_interleave(3, dim=1)
+    eps = torch.stack([torch.randn(SHAPE, generator=each) for each in generators]).double()
+    at = t[:, None, :, None, None]
+    x_t = (1 - at) * x0 + at * eps
+    with torch.no_grad():
+        v_old = with_weights("old")(x_t, t, prompt, clean=x0)
+        v_ref = with_weights("reference")(x_t, t, prompt, clean=x0)
+    v = with_weights("student")(x_t, t, prompt, clean=x0)
+    loss = nft.prior_weight * (v - v_ref).square().mean()
+    for sign, weight in ((1, w), (-1, 1 - w)):
+        branch = v_old + sign * nft.nft_beta * (v - v_old)
+        error = (x_t - at * branch - x0).flatten(1)
+        per_sample = error.square().mean(1) / error.detach().abs().mean(1)
+        loss = loss + (weight * per_sample).mean() * nft.advantage_clip / nft.nft_beta
+    student.zero_grad()
+    loss.backward()
+    named = dict(student.named_parameters())
+    return flat({name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in named.items()})
+
+
+def engine_against_hand() -> dict[str, float]:
+    """The second step's parameter change of a ZeRO-3 engine with plain SGD, against the hand-written gradient."""
+    config = configuration("averages.old_policy_decay=0.5")
+    sgd = {"type": "SGD", "params": {"lr": SGD_LR}}
+    roles = roles_for(config, json_for(3, sgd, clipping=0.0), json_for(2, adamw(1e-2)))
+    warmup_step(roles, batch_at(0), config, 0, world=world, timer=StepTimer())
+    for group in roles.discriminator.optimizer.param_groups:
+        group["lr"] = 0.0  # D has an opinion by now and keeps it
+    discriminator = LatentDiscriminator(config.discriminator.shape)
+    discriminator.load_state_dict(consolidated_weights(roles.discriminator))
+    afd_step(roles, batch_at(1), config, 1, world=world, timer=StepTimer())
+    weights = {
+        "student": consolidated_weights(roles.student),
+        "old": roles.old.state_dict(),
+        "reference": roles.reference.state_dict(),
+    }
+    afd_step(roles, batch_at(2), config, 2, world=world, timer=StepTimer())
+    change = flat(consolidated_weights(roles.student)) - flat(weights["student"])
+    expected = gradient_by_hand(load_student(options.student), weights, discriminator, config, 2)
+    measured = -change / SGD_LR
+    return {
+        "relative_error": ((measured - expected).norm() / expected.norm()).item(),
+        "gradient_norm": expected.norm().item(),
+        "old_distance": (flat(weights["old"]) - flat(weights["student"])).norm().item(),
+    }
+
+
+def change_at(weight: float) -> Tensor:
+    """How a fresh SGD student moves when every rollout has this optimality weight, at v = v_old, without prior."""
+    config = configuration("nft.prior_weight=0", "rollout.policy=current")
+    sgd = {"type": "SGD", "params": {"lr": SGD_LR}}
+    roles = roles_for(config, json_for(3, sgd, clipping=0.0), json_for(2, adamw(0.0)))
+    batch = batch_at(0)
+    embeds = batch.prompt_embeds.repeat_interleave(GROUP, dim=0)
+    clean = batch.latents.repeat_interleave(GROUP, dim=0)
+    ids = torch.arange(BATCH)
+    generators = sample_generators(batch, GROUP, 0)
+    grid = sampler_grid(config.rollout.steps, shift=config.rollout.shift)
+    states = make_noised_states(
+        Rollout(clean, embeds, ids // GROUP, ids), generators, config.nft, grid=grid, shift=3.0, chunk_frames=3
+    )
+    before = flat(consolidated_weights(roles.student))
+    update_student(roles.student, states, embeds, torch.full((BATCH,), weight), config.nft, v_old=None, v_ref=None)
+    return flat(consolidated_weights(roles.student)) - before
+
+
+def signs() -> dict[str, float]:
+    good, bad, neutral = change_at(1.0), change_at(0.0), change_at(0.5)
+    return {
+        "neutral": neutral.abs().max().item(),
+        "good": good.norm().item(),
+        "sum": (good + bad).norm().item(),
+    }
+
+
+result: dict[str, Any] = {
+    "ema": train(),
+    "current": train("rollout.policy=current"),
+    "plain": train("nft.variant=plain"),
+    "stage 3 + stage 3": train(stages=(3, 3)),
+    "two updates": train("nft.updates_per_rollout=2", "discriminator.steps_per_student_step=2"),
+    "LoRA": train("student.lora.rank=4", "student.lora.alpha=8"),
+}
+if world.size == 1:
+    result |= {"hand": engine_against_hand(), "signs": signs()}
+if world.is_main:
+    options.result.write_text(json.dumps(result))
+close_world()
