@@ -38,11 +38,11 @@ from afd_kernels import BlockCausalLayout, block_causal_attention, cached_attent
 from afd_kernels.testing import relative_error
 
 IMPLS = (
-    "chunks:sdpa", "chunks:flash2", "chunks:flash3", "chunks:hub", "flex", "flex_padded", "varlen",
+    "chunks:sdpa", "chunks:cudnn", "chunks:flash2", "chunks:flash3", "chunks:hub", "flex", "flex_padded", "varlen",
     "triton:tma", "triton:specialized", "triton:pointer",
 )  # fmt: skip
 CPU_IMPLS = ("reference", "chunks:sdpa", "flex")
-CACHED_IMPLS = ("sdpa", "flash2", "flash3", "triton")
+CACHED_IMPLS = ("sdpa", "cudnn", "flash2", "flash3", "triton")
 MODELS = {"1.3B": (1, 12, 128), "14B": (1, 40, 128)}
 BASELINES = ("flex", "chunks:sdpa")
 
@@ -104,7 +104,7 @@ def padded_flex(layout: BlockCausalLayout) -> Callable[[Tensor, Tensor, Tensor],
 
     rows = -(-layout.num_tokens // 128) * 128
     mask = layout.block_mask("cuda", num_rows=rows)
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (F.pad(x, (0, 0, 0, rows - layout.num_tokens)) for x in (q, k, v))
@@ -219,6 +219,7 @@ def work(impl: str, kind: str) -> None:
     if impl.startswith("cached:"):
         batches = [lambda: measure_cached(impl.removeprefix("cached:"), device, ceiling)]
     for batch in batches:
+        torch.compiler.reset()  # every shape compiles for itself; the limit on recompilations is 8
         for row in batch():
             print("ROW " + json.dumps(asdict(row)), flush=True)
 

@@ -46,7 +46,7 @@ def block_causal_attention(
         q, k, v: [B, heads, N, D], N == layout.num_tokens; any batch and head strides. With teacher forcing the clean
             frames come first, then the noisy ones.
         layout: who sees whom.
-        impl: `reference`; `triton[:tma|specialized|pointer]`; `chunks[:flash3|flash2|hub|sdpa]`;
+        impl: `reference`; `triton[:tma|specialized|pointer]`; `chunks[:flash3|flash2|sdpa|cudnn|hub]`;
             `varlen[:flash3|flash2|torch]`; `flex`. Without a suffix the best installed one. None picks by device.
         scale: None for 1 / sqrt(D).
     Returns:

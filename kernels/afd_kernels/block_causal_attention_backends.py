@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afd_kernels.block_causal_attention_chunks import DenseAttention, sdpa
 
-DENSE_BACKENDS = ("flash3", "flash2", "hub", "sdpa")
+DENSE_BACKENDS = ("flash3", "flash2", "sdpa", "cudnn", "hub")
 VARLEN_BACKENDS = ("flash3", "flash2", "torch")
 HUB_REPOSITORY = "kernels-community/flash-attn3"
 _MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "hub": "kernels"}
@@ -26,6 +26,7 @@ _INSTALL = {
     "which installs `flash_attn_interface`",
     "flash2": "pip install -e '.[cuda]' (flash-attn; needs nvcc or a matching wheel)",
     "hub": "pip install kernels (the Hugging Face package; it downloads the kernel on first use)",
+    "cudnn": "use a CUDA build of torch with cuDNN",
     "torch": "use a CUDA build of torch >= 2.10",
 }
 VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, "float | None"], Tensor]
@@ -36,6 +37,8 @@ def is_installed(backend: str) -> bool:
     """Whether a backend can be imported; nothing is imported."""
     if backend == "sdpa":
         return True
+    if backend == "cudnn":
+        return torch.backends.cuda.is_built() and torch.backends.cudnn.is_available()
     if backend == "torch":
         return torch.backends.cuda.is_built() and importlib.util.find_spec("torch.nn.attention.varlen") is not None
     spec = importlib.util.find_spec(_MODULES[backend])
@@ -51,9 +54,15 @@ def _require(backend: str, choices: tuple[str, ...]) -> None:
 
 
 def best_dense_backend(is_cuda: bool) -> str:
-    """The first installed backend of DENSE_BACKENDS that needs no download; `sdpa` on CPU."""
-    installed = (name for name in DENSE_BACKENDS if name != "hub" and is_installed(name))
-    return next(installed) if is_cuda else "sdpa"
+    """The first installed backend of DENSE_BACKENDS; it always reaches `sdpa`, and is `sdpa` on CPU."""
+    return next(filter(is_installed, DENSE_BACKENDS)) if is_cuda else "sdpa"
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, scale)
 
 
 @functools.cache
@@ -67,6 +76,8 @@ def dense_backend(backend: str) -> DenseAttention:
     _require(backend, DENSE_BACKENDS)
     if backend == "sdpa":
         return sdpa
+    if backend == "cudnn":
+        return _cudnn
     if backend == "hub":
         flash = importlib.import_module("kernels").get_kernel(HUB_REPOSITORY).flash_attn_func
     else:
@@ -107,7 +118,8 @@ def varlen_backend(backend: str) -> VarlenAttention:
             q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
             scale: float | None,
         ) -> Tensor:  # fmt: skip
-            return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, scale=scale)
+            options = {} if scale is None else {"scale": scale}
+            return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
 
         return attend_torch
     flash = importlib.import_module(_MODULES[backend]).flash_attn_varlen_func

@@ -21,7 +21,8 @@ def _block_mask(layout: BlockCausalLayout, device: torch.device) -> Any:
 def _flex_attention(is_cuda: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if is_cuda else flex_attention
+    # fullgraph: past the recompilation limit it fails, where it would else form the whole score matrix in silence.
+    return flex_attention if not is_cuda else torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def block_causal_attention_flex(

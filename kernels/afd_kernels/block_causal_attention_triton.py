@@ -112,9 +112,11 @@ def work_table(strips: tuple[Strip, ...], block: int, device: torch.device) -> T
 
 
 def can_use_descriptors(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors accept the tensors: 16-byte aligned base and strides."""
+    """Whether tensor descriptors accept the tensors: 16-byte aligned base and strides, rows not expanded."""
     return all(
-        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        x.data_ptr() % 16 == 0
+        and x.stride(2) > 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
         for x in tensors
     )
 

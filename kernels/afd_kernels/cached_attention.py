@@ -17,7 +17,7 @@ from afd_kernels.layout import Range
 
 logger = logging.getLogger(__name__)
 
-IMPLS = ("reference", "sdpa", "flash3", "flash2", "hub", "triton")
+IMPLS = ("reference", "sdpa", "flash3", "flash2", "cudnn", "hub", "triton")
 _LOGGED: set[tuple[str, str]] = set()
 
 

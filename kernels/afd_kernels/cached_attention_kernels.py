@@ -76,17 +76,18 @@ def join_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
     is_row = row < q_rows
-    flat = piece.to(tl.int64) * q_rows + row
-    stride = num_slices.to(tl.int64) * q_rows
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     for split in tl.static_range(SPLITS):
-        peak = tl.maximum(peak, tl.load(lse + split * stride + flat, mask=is_row, other=0.0))
+        peak = tl.maximum(
+            peak, tl.load(lse + (piece + split * num_slices).to(tl.int64) * q_rows + row, mask=is_row, other=0.0)
+        )
     weight = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, D], tl.float32)
     for split in tl.static_range(SPLITS):
-        share = tl.math.exp2(tl.load(lse + split * stride + flat, mask=is_row, other=0.0) - peak)
+        flat = (piece + split * num_slices).to(tl.int64) * q_rows + row
+        share = tl.math.exp2(tl.load(lse + flat, mask=is_row, other=0.0) - peak)
         part = tl.load(
-            parts + (split * stride + flat)[:, None] * D + d[None, :], mask=is_row[:, None], other=0.0
+            parts + flat[:, None] * D + d[None, :], mask=is_row[:, None], other=0.0
         )  # fmt: skip
         weight += share
         acc += part * share[:, None]
