@@ -179,12 +179,9 @@ class CausalStudent(nn.Module):
         )
         time, modulation = self.condition_embedder(t)
         prompt = self._embed_prompt(prompt_embeds)
-        is_checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
-        if is_checkpointed and not x.requires_grad:
-            x = x.requires_grad_()  # frozen embeddings (LoRA): else the first checkpoint would drop its gradients
         for block in self.blocks:
             inputs = (x, modulation, prompt, rope, layout, None, self.shape.attention_impl)
-            if is_checkpointed:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Reentrant: the non-reentrant form breaks with frozen weights under ZeRO-3 (DeepSpeed issue).
                 x = checkpoint(block, *inputs, use_reentrant=True)
             else:
