@@ -34,7 +34,9 @@ def write_samples(folder: Path, prompts: list[str], videos: dict[str, np.ndarray
     for index, prompt in enumerate(prompts):
         for model, clips in videos.items():
             scale = max(1, _WATCH_PIXELS // clips.shape[2])
-            encode_video(clips[index], folder / f"{prompt_slug(prompt)}.{model}.mp4", fps=fps, scale=scale)
+            encode_video(
+                clips[index], folder / f"{prompt_slug(prompt)}.{model}.mp4", fps=fps, scale=scale, upscale="bicubic"
+            )
             rows[f"{model}: {prompt}"] = clips[index]
     sheet = folder / "contact_sheet.png"
     contact_sheet(rows, sheet, upscale=max(1, 64 // next(iter(videos.values())).shape[2]))

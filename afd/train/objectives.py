@@ -95,6 +95,7 @@ def weigh(scores: Tensor, config: RunConfig, *, world: World) -> tuple[Tensor, d
         "weight/std": weight.std(correction=0),
         "weight/min": weight.min(),
         "weight/max": weight.max(),
+        "weight/saturated_share": (normal.abs() >= clip).float().mean(),
     }
     histogram = torch.histc(weight, bins=_HISTOGRAM_BINS, min=0.0, max=1.0) / weight.numel()
     metrics |= {f"weight/hist_{i}": share for i, share in enumerate(histogram)}

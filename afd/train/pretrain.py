@@ -160,6 +160,7 @@ def make_base_student(config: RunConfig, out: Path) -> None:
     save_tiny_text_encoder(
         out / "text_encoder", prompt_vocabulary(), text_dim=StudentShape().text_dim, seed=config.seed
     )
+    torch.manual_seed(config.seed)
     text = TextEncoder(out / "text_encoder", text_len=StudentShape().text_len)
     video = config.video
     constants = config.teacher.physics.model_copy(
@@ -172,7 +173,6 @@ def make_base_student(config: RunConfig, out: Path) -> None:
         }
     )
     data = wrong_physics_latents(config.pretrain, constants, text, seed=config.seed)
-    torch.manual_seed(config.seed)
     student = CausalStudent(StudentShape())
     logger.info("base student: %d parameters", sum(parameter.numel() for parameter in student.parameters()))
     multi_step = train_multistep(student, data, config.pretrain, seed=config.seed)

@@ -86,7 +86,8 @@ def update_student(
         v_ref: [N, C, F, H, W] initial student's velocity; None where the prior weight is 0.
     Returns:
         `student/loss`, `student/flow_error` = mean |v - v*|^2, `student/old_deviation` = mean |v - v_old|^2,
-        `student/prior` = mean |v - v_ref|^2: scalars averaged over all ranks.
+        `student/prior` = mean |v - v_ref|^2, averaged over all ranks; `student/grad_norm` before clipping,
+        `student/lr`, `student/skipped_steps`.
     """
     micro = engine.train_micro_batch_size_per_gpu()
     totals = torch.zeros(4, device=weight.device)
@@ -115,4 +116,9 @@ def update_student(
             errors = [(v - other).float().square().mean() for other in others]
             totals += torch.stack([loss.detach(), *errors]) * (len(x_t) / len(weight))
     names = ("student/loss", "student/flow_error", "student/old_deviation", "student/prior")
-    return dict(zip(names, all_reduce_mean(totals), strict=True))
+    facts = {
+        "student/grad_norm": torch.tensor(float(engine.get_global_grad_norm() or 0.0), device=weight.device),
+        "student/lr": torch.tensor(float(engine.get_lr()[0]), device=weight.device),
+        "student/skipped_steps": torch.tensor(float(engine.skipped_steps), device=weight.device),
+    }
+    return dict(zip(names, all_reduce_mean(totals), strict=True)) | facts
