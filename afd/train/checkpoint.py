@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import logging
 import platform
-import random
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -40,6 +38,7 @@ from afd.train.commit import (
     write_manifest,
 )
 from afd.train.engines import Engine, bare_module, consolidated_weights, zero_stage
+from afd.train.rank_state import check_plain, random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ def save_checkpoint(
     """
     if step < 0 or keep < 1 or STUDENT not in engines:
         raise ValueError(f"need step >= 0, keep >= 1 and a 'student' engine, got {step}, {keep}, {sorted(engines)}")
-    _check_plain(state, "state")
+    check_plain(state, "state")
     output = Path(output_dir)
     final = output / commit_name(step)
     temporary = output / f"{final.name}.tmp-{broadcast_object(secrets.token_hex(4))}"
@@ -101,7 +100,8 @@ def save_checkpoint(
             str(temporary / name), tag=TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
         )
     _write_weights(temporary, engines[STUDENT], averages, dict(weights_metadata or {}))
-    _write_rank_state(temporary / "ranks" / f"rank_{world_rank():05d}.pt", state)
+    torch.save({"random": random_state(), "state": state}, temporary / "ranks" / f"rank_{world_rank():05d}.pt")
+    barrier()
     _on_rank_0(lambda: write_durably(temporary / CONFIG, config))
     names = list_files(temporary)
     records = gather_objects(persist_files(temporary, names[world_rank() :: world_size()]))
@@ -174,47 +174,6 @@ def _write_weights(
     for name, average in averages.items():
         values = average.state_dict()
         _on_rank_0(lambda file=folder / "averages" / f"{name}.safetensors", values=values: save_file(values, file))
-
-
-def _write_rank_state(path: Path, state: dict[str, Any]) -> None:
-    torch.save({"random": random_state(), "state": state}, path)
-    barrier()
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Refuse what `torch.load(weights_only=True)` could not read back; subclasses such as numpy's floats included."""
-    if type(value) is dict:
-        for key, child in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(child, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, child in enumerate(value):
-            _check_plain(child, f"{where}[{index}]")
-    elif type(value) not in (type(None), bool, int, float, str, bytes, Tensor):
-        raise ValueError(f"{where} must be a tensor or a plain Python value, got {type(value).__name__}")
-
-
-def random_state() -> dict[str, Any]:
-    """The process's global random states (torch, CUDA, numpy, Python) as tensors and plain values."""
-    # The legacy global generator is what libraries draw from when nobody hands them one.
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
-        "python": random.getstate(),
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the global random states to what `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
 
 
 def find_commit(output_dir: str | Path) -> Path | None:

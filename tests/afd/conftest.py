@@ -47,13 +47,13 @@ def run_worker(script: Path, *arguments: str, ranks: int = 1, launcher: str = "t
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [*prefix, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, f"{script.name} failed:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, f"{script.name} failed:\n{done.stdout[-4000:]}\n{done.stderr[:8000]}"
     return done.stdout
 
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """`launch(script, *arguments, ranks=, launcher=)` -> the JSON that the worker's rank 0 wrote to its first argument."""
+    """`launch(script, *arguments, ranks=, launcher=)`: the JSON that rank 0 wrote to the worker's first argument."""
 
     def start(script: Path, *arguments: str, ranks: int = 1, launcher: str = "torchrun") -> Any:
         result = tmp_path_factory.mktemp(script.stem) / "result.json"

@@ -111,7 +111,7 @@ def test_unreadable_config_is_one_clear_line(tmp_path: Path) -> None:
 def test_batch_arithmetic_solves_for_the_missing_number() -> None:
     assert batch_arithmetic({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}, 2) == (24, 4, 3)
     assert batch_arithmetic({"train_batch_size": 24, "gradient_accumulation_steps": 3}, 2) == (24, 4, 3)
-    with pytest.raises(ValueError, match="train_batch_size 10 must be a multiple of .* 4 \\* ranks 2 = 8"):
+    with pytest.raises(ValueError, match=r"train_batch_size 10 must be a multiple of .* 4 \* ranks 2 = 8"):
         batch_arithmetic({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, 2)
     both = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
     with pytest.raises(ValueError, match=r"train_batch_size 16 must equal .* = 8"):
@@ -121,7 +121,7 @@ def test_batch_arithmetic_solves_for_the_missing_number() -> None:
 
 
 def test_build_engine_without_process_group_says_what_to_call() -> None:
-    with pytest.raises(ValueError, match="call afd.distributed.init_world first"):
+    with pytest.raises(ValueError, match=r"call afd\.distributed\.init_world first"):
         build_engine(nn.Linear(2, 2), GOOD)
 
 
