@@ -66,7 +66,8 @@ class Trainer:
         """Train to the configured number of steps.
 
         Args:
-            facts: where and with what the run is made; goes to run.json with the duration.
+            facts: where and with what the run is made; goes to run.json with the duration, unless nothing was left
+                to do: then the finished run's own facts stay.
             resume_from: the verified commit to go on from; None starts at step 0.
         Returns:
             The report's path on rank 0.
@@ -79,12 +80,17 @@ class Trainer:
             self.evaluation["base"] = self._evaluate(self.roles.reference)
             self._warm_up()
         self._scale_discriminator_lr()
-        for step in self._progress(self.step, self.config.num_steps, "AFD"):
+        first = self.step
+        for step in self._progress(first, self.config.num_steps, "AFD"):
             metrics = self._train_step(step)
-            self._log(step + 1, metrics)
             self.step = step + 1
-            self._at_intervals()
-        return self._finish({**facts, "duration_s": round(time.perf_counter() - started, 1)})
+            self.tracker.log(self.step, metrics | self._evaluate_at_intervals())
+            self._write_at_intervals()
+        if first:
+            facts = {**facts, "resumed_at_step": first}
+        facts = {**facts, "duration_s": round(time.perf_counter() - started, 1)}
+        is_old_news = self.step == first and (self.config.output_dir / "run.json").is_file()
+        return self._finish(None if is_old_news else facts)
 
     def _warm_up(self) -> None:
         """Discriminator-only steps; their curve goes to warmup.jsonl, the student's steps start at 1 after them."""
@@ -119,15 +125,20 @@ class Trainer:
         device = self.world.device
         return VideoBatch(batch.sample_ids, batch.prompts, batch.latents.to(device), batch.prompt_embeds.to(device))
 
-    def _at_intervals(self) -> None:
-        evaluation, checkpoint, step = self.config.evaluation, self.config.checkpoint, self.step
-        is_last = step == self.config.num_steps
-        if evaluation.every and step % evaluation.every == 0 and not is_last:
-            summary = self._evaluate(self.roles.ema)
-            self._log(step, {f"eval/{name}": value["mean"] for name, value in summary.items()})
-        if evaluation.samples_every and step % evaluation.samples_every == 0 and not is_last:
+    def _evaluate_at_intervals(self) -> dict[str, float]:
+        """Held-out means for the step's own record: one object per step in metrics.jsonl."""
+        every = self.config.evaluation.every
+        if not every or self.step % every or self.step == self.config.num_steps:
+            return {}
+        means = {name: value["mean"] for name, value in self._evaluate(self.roles.ema).items()}
+        return {f"eval/{name}": mean for name, mean in means.items() if mean == mean}  # JSON has no NaN
+
+    def _write_at_intervals(self) -> None:
+        samples_every, commit_every = self.config.evaluation.samples_every, self.config.checkpoint.every
+        is_last = self.step == self.config.num_steps
+        if samples_every and self.step % samples_every == 0 and not is_last:
             self._write_samples()
-        if is_last or (checkpoint.every and step % checkpoint.every == 0):
+        if is_last or (commit_every and self.step % commit_every == 0):
             self._save()
 
     def _evaluate(self, average: ParameterAverage) -> Summary:
@@ -173,17 +184,15 @@ class Trainer:
         if self.world.is_main:
             logger.info("resumed from %s at step %d", commit, self.step)
 
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
-        self.tracker.log(step, metrics)
-
-    def _finish(self, facts: dict[str, Any]) -> Path | None:
+    def _finish(self, facts: dict[str, Any] | None) -> Path | None:
         """Final measurement, samples, evaluation.json, and the report."""
         self.evaluation["student"] = self._evaluate(self.roles.ema)
         self._write_samples()
         if not self.world.is_main:
             return None
         output = self.config.output_dir
-        (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+        if facts is not None:
+            (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
         (output / "evaluation.json").write_text(json.dumps(_without_nan(self.evaluation), indent=2) + "\n")
         report = build_report(output)
         for path in (output / "evaluation.json", report):
