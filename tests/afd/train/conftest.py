@@ -104,6 +104,7 @@ def tiny_knobs(tiny_inputs: Path) -> dict[str, str]:
         "rollout.group_size": "2",
         "teacher.num_prompts": "8",
         "teacher.num_heldout_prompts": "2",
+        "evaluation.every": "2",
         "evaluation.seeds_per_prompt": "1",
         "evaluation.num_samples": "1",
         "num_steps": "4",

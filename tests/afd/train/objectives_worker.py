@@ -154,7 +154,8 @@ def engine_against_hand() -> dict[str, float]:
     config = configuration("averages.old_policy_decay=0.5")
     sgd = {"type": "SGD", "params": {"lr": SGD_LR}}
     roles = roles_for(config, json_for(3, sgd, clipping=0.0), json_for(2, adamw(1e-2)))
-    warmup_step(roles, batch_at(0), config, 0, world=world, timer=StepTimer())
+    for step in range(3):
+        warmup_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
     for group in roles.discriminator.optimizer.param_groups:
         group["lr"] = 0.0  # D has an opinion by now and keeps it
     discriminator = LatentDiscriminator(config.discriminator.shape)

@@ -28,7 +28,8 @@ def test_two_ranks_train_like_one_process(one: dict[str, Any], two: dict[str, An
     for step, (alone, shared) in enumerate(zip(one[case]["rows"], two[case]["rows"], strict=True)):
         assert alone.keys() == shared.keys()
         for name, value in alone.items():
-            assert relative_difference(value, shared[name]) < 1e-6, f"{name} of step {step}, float32"
+            tolerance = 1e-5 if name == "student/grad_norm" else 1e-6  # float32; the norm sums in another order
+            assert relative_difference(value, shared[name]) < tolerance, f"{name} of step {step}"
 
 
 def test_two_ranks_reach_the_weights_of_one_process(one: dict[str, Any], two: dict[str, Any]) -> None:

@@ -127,6 +127,8 @@ def test_metrics_hold_one_object_per_step(request: pytest.FixtureRequest, name: 
     for row in rows:
         assert row.keys() >= STEP_KEYS
         assert all(isinstance(value, int | float) and value == value for value in row.values())
+        is_evaluated = row["step"] == 2  # every 2 steps; the last one goes to evaluation.json
+        assert any(key.startswith("eval/") for key in row) == is_evaluated
 
 
 def test_evaluation_compares_base_student_and_teacher(whole: Path) -> None:
@@ -193,8 +195,11 @@ def test_finished_run_does_no_further_step_and_fresh_sets_it_aside(
     before = (killed / "metrics.jsonl").read_bytes()
     commit = newest_commit(killed)
     weights, changed_at = (commit / "student.safetensors").read_bytes(), os.stat(commit).st_mtime_ns
+    facts = (killed / "run.json").read_text()
+    assert "resumed_at_step" in facts
     done = run(command("killed"))
     assert done.returncode == 0, done.stderr[-4000:]
+    assert (killed / "run.json").read_text() == facts, "duration and start stay those of the training"
     assert (killed / "metrics.jsonl").read_bytes() == before
     assert newest_commit(killed) == commit
     assert os.stat(commit).st_mtime_ns == changed_at
