@@ -34,7 +34,8 @@ def _standardise(x_ptr, start, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def _load_frame_row(ptr, frame, num_frames, stride_batch, stride_frame, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Row of (batch, frame) number `frame` of a modulation [B, F, D], float32."""
     column = tl.arange(0, BLOCK)
-    start = (frame // num_frames) * stride_batch + (frame % num_frames) * stride_frame
+    # Divided as 32-bit: a 64-bit division is a subroutine.
+    start = (frame // num_frames).to(tl.int64) * stride_batch + (frame % num_frames) * stride_frame
     return tl.load(ptr + start + column, mask=column < WIDTH, other=0.0).to(tl.float32)
 
 
@@ -56,13 +57,13 @@ def adaln_modulate_kernel(
     BLOCK: tl.constexpr,
 ):
     """Normalise and modulate a strip of rows of one frame."""
-    frame = tl.program_id(0).to(tl.int64)
+    frame = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     shift = _load_frame_row(shift_ptr, frame, num_frames, shift_stride_batch, shift_stride_frame, WIDTH, BLOCK)
     scale = _load_frame_row(scale_ptr, frame, num_frames, scale_stride_batch, scale_stride_frame, WIDTH, BLOCK)
     first = tl.program_id(1) * rows_per_program
     for row in range(first, tl.minimum(first + rows_per_program, tokens)):
-        start = (frame * tokens + row) * WIDTH
+        start = (frame.to(tl.int64) * tokens + row) * WIDTH
         normed, _ = _standardise(x_ptr, start, eps, WIDTH, BLOCK)
         out = normed * (1.0 + scale) + shift
         tl.store(out_ptr + start + column, out.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
@@ -85,7 +86,7 @@ def adaln_modulate_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """dx of a strip of rows of one frame; partial sums of dshift and dscale over the strip, [2, WIDTH]."""
-    frame = tl.program_id(0).to(tl.int64)
+    frame = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
     scale = _load_frame_row(scale_ptr, frame, num_frames, scale_stride_batch, scale_stride_frame, WIDTH, BLOCK)
@@ -93,7 +94,7 @@ def adaln_modulate_backward_kernel(
     grad_scale = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(1) * rows_per_program
     for row in range(first, tl.minimum(first + rows_per_program, tokens)):
-        start = (frame * tokens + row) * WIDTH
+        start = (frame.to(tl.int64) * tokens + row) * WIDTH
         normed, inverse = _standardise(x_ptr, start, eps, WIDTH, BLOCK)
         grad = tl.load(grad_ptr + start + column, mask=mask, other=0.0).to(tl.float32)
         grad_shift += grad
@@ -103,7 +104,7 @@ def adaln_modulate_backward_kernel(
         projection = tl.sum(grad_normed * normed, 0) / WIDTH
         grad_x = inverse * (grad_normed - mean - normed * projection)
         tl.store(grad_x_ptr + start + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-    out = partial_ptr + (frame * tl.num_programs(1) + tl.program_id(1)) * 2 * WIDTH + column
+    out = partial_ptr + (frame.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 2 * WIDTH + column
     tl.store(out, grad_shift, mask=mask)
     tl.store(out + WIDTH, grad_scale, mask=mask)
 
@@ -123,13 +124,13 @@ def gated_residual_kernel(
     BLOCK: tl.constexpr,
 ):
     """x + gate * y for a strip of rows of one frame."""
-    frame = tl.program_id(0).to(tl.int64)
+    frame = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
     gate = _load_frame_row(gate_ptr, frame, num_frames, gate_stride_batch, gate_stride_frame, WIDTH, BLOCK)
     first = tl.program_id(1) * rows_per_program
     for row in range(first, tl.minimum(first + rows_per_program, tokens)):
-        offset = (frame * tokens + row) * WIDTH + column
+        offset = (frame.to(tl.int64) * tokens + row) * WIDTH + column
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + offset, (x + gate * y).to(out_ptr.dtype.element_ty), mask=mask)
@@ -151,19 +152,19 @@ def gated_residual_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """dy of a strip of rows of one frame; partial sum of dgate over the strip."""
-    frame = tl.program_id(0).to(tl.int64)
+    frame = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
     gate = _load_frame_row(gate_ptr, frame, num_frames, gate_stride_batch, gate_stride_frame, WIDTH, BLOCK)
     grad_gate = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(1) * rows_per_program
     for row in range(first, tl.minimum(first + rows_per_program, tokens)):
-        offset = (frame * tokens + row) * WIDTH + column
+        offset = (frame.to(tl.int64) * tokens + row) * WIDTH + column
         y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         grad_gate += grad * y
         tl.store(grad_y_ptr + offset, (grad * gate).to(grad_y_ptr.dtype.element_ty), mask=mask)
-    program = frame * tl.num_programs(1) + tl.program_id(1)
+    program = frame.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial_ptr + program * WIDTH + column, grad_gate, mask=mask)
 
 

@@ -67,8 +67,9 @@ def rope_qk_norm_kernel(
     BLOCK: tl.constexpr,
 ):
     """One token of q and k: normalise over the width, times weight, rotate, store by head."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // num_tokens, row % num_tokens
+    row = tl.program_id(0)  # divided as 32-bit (a 64-bit division is a subroutine), addressed as 64-bit
+    batch, token = (row // num_tokens).to(tl.int64), (row % num_tokens).to(tl.int64)
+    row = row.to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
     head, dim = column // HEAD_DIM, column % HEAD_DIM
@@ -133,7 +134,8 @@ def rope_qk_norm_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """dx of a strip of rows of q or k, and the strip's partial sum of the weight's gradient [WIDTH]."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    wide = tl.zeros([], tl.int64)  # makes an index 64-bit after its 32-bit division
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
     head, dim = column // HEAD_DIM, column % HEAD_DIM
@@ -142,13 +144,13 @@ def rope_qk_norm_backward_kernel(
     grad_weight = tl.zeros([BLOCK], tl.float32)
     first = program * rows_per_program
     for row in range(first, tl.minimum(first + rows_per_program, num_rows)):
-        batch, token = row // num_tokens, row % num_tokens
+        batch, token = wide + row // num_tokens, wide + row % num_tokens
         cosine, sine = _load_angles(cos_ptr, sin_ptr, token, WIDTH, HEAD_DIM, BLOCK)
         grad_start = grad_ptr + batch * grad_stride_batch + token * grad_stride_token
         grad_weight += _row_gradient(
-            x_ptr, weight, grad_start, grad_offset, grad_x_ptr, row * WIDTH, cosine, sine, eps, WIDTH, BLOCK
+            x_ptr, weight, grad_start, grad_offset, grad_x_ptr, (wide + row) * WIDTH, cosine, sine, eps, WIDTH, BLOCK
         )
-    tl.store(partial_ptr + program * WIDTH + column, grad_weight, mask=mask)
+    tl.store(partial_ptr + (wide + program) * WIDTH + column, grad_weight, mask=mask)
 
 
 def _launch_forward(q, k, q_weight, k_weight, cos, sin, q_out, k_out, eps) -> None:

@@ -28,7 +28,7 @@ def run_lane(*, is_interpreted: bool, marker: str, timeout_s: float) -> None:
 
 
 def test_kernels_match_the_oracle_in_the_interpreter():
-    run_lane(is_interpreted=True, marker="not slow and not gpu", timeout_s=600)
+    run_lane(is_interpreted=True, marker="not slow and not gpu", timeout_s=1500)
 
 
 @pytest.mark.slow
