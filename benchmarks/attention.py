@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measurement import (
@@ -80,6 +80,16 @@ class Row:
     date: str
 
 
+class Measured(NamedTuple):
+    """What one stage of one implementation gave: (median, p20, p80) ms, useful FLOPs, MiB, seconds, relative error."""
+
+    timing_ms: Sequence[float]
+    flops: int
+    peak_mib: float
+    first_call_s: float
+    error: float
+
+
 def shapes(kind: str) -> list[Shape]:
     """`wan`: 1.3B and 14B, chunks of 3 frames and of 1, plain, windowed, teacher forcing; `tiny`: the quick start."""
     if kind == "tiny":
@@ -87,12 +97,13 @@ def shapes(kind: str) -> list[Shape]:
     found = []
     for model, size in MODELS.items():
         for chunk in (3, 1):
-            for label, options in (
+            layouts: tuple[tuple[str, dict[str, Any]], ...] = (
                 ("plain", {}),
                 ("window", {"window_frames": 2 * chunk, "sink_frames": 1}),
                 ("teacher", {"teacher_forcing": True}),
                 ("teacher window", {"teacher_forcing": True, "window_frames": 2 * chunk, "sink_frames": 1}),
-            ):
+            )
+            for label, options in layouts:
                 name = f"{model} {21 // chunk}x{1560 * chunk} {label}"
                 found.append(Shape(name, *size, BlockCausalLayout(21, 1560, chunk, **options)))
     return found
@@ -136,7 +147,7 @@ def measure(shape: Shape, impl: str, device: torch.device, ceiling: float) -> li
 
     def both() -> tuple[Tensor, ...]:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs)
+        out = attend(inputs[0], inputs[1], inputs[2])
         return (out.detach(), *torch.autograd.grad(out, inputs, upstream))
 
     started = time.perf_counter()
@@ -148,21 +159,20 @@ def measure(shape: Shape, impl: str, device: torch.device, ceiling: float) -> li
     errors = [relative_error(got, want.double()) for got, want in zip(results, expected, strict=False)]
     del results, expected
     stages = [("forward", forward, False, errors[0])] + [("forward+backward", both, True, max(errors))] * has_backward
-    sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
+    sizes: dict[str, Any] = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
     rows = []
     for stage, function, with_backward, error in stages:
         flops = shape.layout.flops(**sizes) + with_backward * shape.layout.flops(**sizes, backward=True)
         timing = [x / 1e3 for x in time_us(function, device)]
-        rows.append(
-            make_row(shape.name, stage, impl, timing, flops, peak_mib(function, device), first_call_s, error, ceiling)
-        )
+        measured = Measured(timing, flops, peak_mib(function, device), first_call_s, error)
+        rows.append(make_row(shape.name, stage, impl, measured, ceiling))
     return rows
 
 
 def expected_results(shape: Shape, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
     """Output and gradients of the chunk loop through PyTorch's dense attention."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = block_causal_attention(*inputs, shape.layout, impl="chunks:sdpa")
+    out = block_causal_attention(inputs[0], inputs[1], inputs[2], shape.layout, impl="chunks:sdpa")
     return (out.detach(), *torch.autograd.grad(out, inputs, upstream))
 
 
@@ -190,22 +200,20 @@ def measure_cached(impl: str, device: torch.device, ceiling: float) -> list[Row]
             flops = 4 * q.numel() * sum(end - start for start, end in ranges)
             timing = [x / 1e3 for x in time_us(step, device)]
             name = f"1.3B cached step, {frames} frame(s), {label}"
-            rows.append(
-                make_row(name, "forward", impl, timing, flops, peak_mib(step, device), first_call_s, error, ceiling)
-            )
+            measured = Measured(timing, flops, peak_mib(step, device), first_call_s, error)
+            rows.append(make_row(name, "forward", impl, measured, ceiling))
     return rows
 
 
-def make_row(
-    shape: str, stage: str, impl: str, timing: Sequence[float], flops: int, peak: float, first_call_s: float,
-    error: float, ceiling: float,
-) -> Row:  # fmt: skip
+def make_row(name: str, stage: str, impl: str, measured: Measured, ceiling: float) -> Row:
     """Fill in rates and where it was measured."""
-    rate = flops / timing[0] / 1e9
+    median_ms, p20_ms, p80_ms = measured.timing_ms
+    rate = measured.flops / median_ms / 1e9
     device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Row(
-        shape, stage, impl, *timing, rate, rate / ceiling, peak, first_call_s, error, ceiling,
-        device, describe_commit(), describe_versions(), time.strftime("%Y-%m-%d", time.gmtime()),
+        name, stage, impl, median_ms, p20_ms, p80_ms, rate, rate / ceiling, measured.peak_mib, measured.first_call_s,
+        measured.error, ceiling, device, describe_commit(), describe_versions(),
+        time.strftime("%Y-%m-%d", time.gmtime()),
     )  # fmt: skip
 
 

@@ -125,7 +125,10 @@ def allow_descriptors(device: torch.device) -> None:
     """Give Triton scratch memory for descriptors that kernels build on the device."""
     import triton
 
-    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+    def allocate(size: int, alignment: int, stream: int | None) -> Any:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -158,7 +161,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: 
     if tiles.tma:
         allow_descriptors(q.device)
     with device_guard(q):
-        forward_kernel[(work.shape[0] * batch * heads,)](
+        launch: Any = forward_kernel[(work.shape[0] * batch * heads,)]
+        launch(
             q, k, v, out, stats, work,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             heads, rows, work.shape[0], batch * heads, scale * math.log2(math.e),
@@ -181,18 +185,19 @@ def _backward(saved: tuple[Tensor, ...], grad: Tensor, layout: BlockCausalLayout
     if plan.key_value_grad.tma or plan.query_grad.tma:
         allow_descriptors(q.device)
     with device_guard(q):
-        delta_kernel[(-(-rows // 64), batch * heads)](
-            out, grad, stats, *out.stride()[:3], *grad.stride()[:3], heads, rows, D=head_dim, BLOCK=64
-        )
+        launch: Any = delta_kernel[(-(-rows // 64), batch * heads)]
+        launch(out, grad, stats, *out.stride()[:3], *grad.stride()[:3], heads, rows, D=head_dim, BLOCK=64)
         tiles = _without_descriptors(plan.key_value_grad, *inputs)
         work = work_table(layout.key_strips, tiles.block_n, q.device)
-        key_value_grad_kernel[(work.shape[0] * batch * heads,)](
+        launch = key_value_grad_kernel[(work.shape[0] * batch * heads,)]
+        launch(
             *inputs, stats, dk, dv, work, *strides, heads, rows, work.shape[0], batch * heads, *scales,
             RANGES=_most_ranges(layout.key_strips), SPECIALIZE=tiles.specialize, **shared, **tiles.launch_options,
         )  # fmt: skip
         tiles = _without_descriptors(plan.query_grad, *inputs)
         work = work_table(layout.strips, tiles.block_m, q.device)
-        query_grad_kernel[(work.shape[0] * batch * heads,)](
+        launch = query_grad_kernel[(work.shape[0] * batch * heads,)]
+        launch(
             *inputs, stats, dq, work, *strides, heads, rows, work.shape[0], batch * heads, *scales,
             RANGES=_most_ranges(layout.strips), **shared, **tiles.launch_options,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,12 +97,12 @@ def cached_attention_triton(
     if tiles.tma:
         allow_descriptors(q.device)
     with device_guard(q):
-        split_kernel[(query_tiles, slices, splits)](
+        launch: Any = split_kernel[(query_tiles, slices, splits)]
+        launch(
             q, k, v, parts, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             heads, slices, rows, k.shape[2], *first, *second, per_split, factor * math.log2(math.e),
             D=head_dim, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tiles.launch_options,
         )  # fmt: skip
-        join_kernel[(-(-rows // 32), slices)](
-            parts, lse, out, *out.stride()[:3], heads, slices, rows, SPLITS=splits, D=head_dim, BLOCK=32
-        )
+        launch = join_kernel[(-(-rows // 32), slices)]
+        launch(parts, lse, out, *out.stride()[:3], heads, slices, rows, SPLITS=splits, D=head_dim, BLOCK=32)
     return out

@@ -51,9 +51,13 @@ def packed_double(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("scale", [None, 0.2])
 def test_chunks_and_varlen_match_the_reference_with_gradients(layout, scale):
-    expected = with_grads(lambda *x: block_causal_attention(*x, layout, impl="reference", scale=scale), layout)
-    chunks = with_grads(lambda *x: block_causal_attention(*x, layout, impl="chunks", scale=scale), layout)
-    varlen = with_grads(lambda *x: block_causal_attention_varlen(*x, layout, attend=packed_double, scale=scale), layout)
+    expected = with_grads(
+        lambda q, k, v: block_causal_attention(q, k, v, layout, impl="reference", scale=scale), layout
+    )
+    chunks = with_grads(lambda q, k, v: block_causal_attention(q, k, v, layout, impl="chunks", scale=scale), layout)
+    varlen = with_grads(
+        lambda q, k, v: block_causal_attention_varlen(q, k, v, layout, attend=packed_double, scale=scale), layout
+    )
     for got in (chunks, varlen):
         for actual, wanted in zip(got, expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
@@ -73,14 +77,15 @@ def test_flex_matches_the_reference(layout):
         q, k, v = (x.contiguous() for x in (q, k, v))
         actual = block_causal_attention(q, k, v, layout, impl="flex")
         torch.testing.assert_close(actual, block_causal_attention(q, k, v, layout, impl="reference"))
+    q, k, v = draw(layout)[0]
     with pytest.raises(ValueError, match="impl='flex' has no backward on CPU"):
-        block_causal_attention(*draw(layout)[0], layout, impl="flex")
+        block_causal_attention(q, k, v, layout, impl="flex")
 
 
 def test_bf16_key_gradients_are_summed_over_chunks_in_float32():
     layout = BlockCausalLayout(12, 4, 1)
-    exact = with_grads(lambda *x: block_causal_attention(*x, layout, impl="reference"), layout)
-    actual = with_grads(lambda *x: block_causal_attention(*x, layout, impl="chunks"), layout, torch.bfloat16)
+    exact = with_grads(lambda q, k, v: block_causal_attention(q, k, v, layout, impl="reference"), layout)
+    actual = with_grads(lambda q, k, v: block_causal_attention(q, k, v, layout, impl="chunks"), layout, torch.bfloat16)
     for got, wanted in zip(actual, exact, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.double() - wanted).abs().max() <= 2e-2 * wanted.abs().max()
@@ -107,9 +112,11 @@ def test_changing_a_later_chunk_changes_no_earlier_output(layout, impl):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_chunks_survive_activation_checkpointing(use_reentrant):
     layout = LAYOUTS[-1]
-    expected = with_grads(lambda *x: block_causal_attention(*x, layout, impl="reference"), layout)
+    expected = with_grads(lambda q, k, v: block_causal_attention(q, k, v, layout, impl="reference"), layout)
     inputs, upstream = draw(layout)
-    out = checkpoint(lambda *x: block_causal_attention(*x, layout, impl="chunks"), *inputs, use_reentrant=use_reentrant)
+    out = checkpoint(
+        lambda q, k, v: block_causal_attention(q, k, v, layout, impl="chunks"), *inputs, use_reentrant=use_reentrant
+    )
     out.backward(upstream)
     for got, wanted in zip((out, *(x.grad for x in inputs)), expected, strict=True):
         torch.testing.assert_close(got, wanted)
@@ -117,8 +124,8 @@ def test_chunks_survive_activation_checkpointing(use_reentrant):
 
 def test_chunks_refuse_a_second_backward():
     layout = BlockCausalLayout(3, 2, 1, teacher_forcing=True)
-    inputs, _ = draw(layout, head_dim=2)
-    out = block_causal_attention(*inputs, layout, impl="chunks").sum()
+    q, k, v = draw(layout, head_dim=2)[0]
+    out = block_causal_attention(q, k, v, layout, impl="chunks").sum()
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="retain_graph is not supported"):
         out.backward()
@@ -130,13 +137,13 @@ def test_default_is_logged_once_and_matches_the_table(caplog):
     _LOGGED.clear()
     layout = LAYOUTS[0]
     with caplog.at_level("INFO"), torch.no_grad():
-        for _ in range(3):
-            out = block_causal_attention(*draw(layout)[0], layout)
+        q, k, v = draw(layout)[0]
+        outs = [block_causal_attention(q, k, v, layout) for _ in range(3)]
     assert [record.message for record in caplog.records] == [
         "block_causal_attention runs impl=chunks on cpu (measured fastest on CPU)"
     ]
     assert "unmeasured" in DEFAULTS["cuda"][1]
-    torch.testing.assert_close(out, block_causal_attention(*draw(layout)[0], layout, impl="reference"))
+    torch.testing.assert_close(outs[0], block_causal_attention(q, k, v, layout, impl="reference"))
 
 
 def test_wrong_inputs_are_named():

@@ -141,7 +141,9 @@ def test_scale_and_activation_checkpointing():
         return block_causal_attention(q, k, v, WINDOW, impl="triton", scale=0.3)
 
     actual = with_grads(lambda *x: checkpoint(run, *x, use_reentrant=False), inputs, upstream)
-    expected = with_grads(lambda *x: block_causal_attention_reference(*x, WINDOW, scale=0.3), inputs, upstream)
+    expected = with_grads(
+        lambda q, k, v: block_causal_attention_reference(q, k, v, WINDOW, scale=0.3), inputs, upstream
+    )
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
@@ -189,10 +191,10 @@ def test_wan_shapes_match_the_chunk_loop_and_repeat_exactly(variant):
     q, k, v, upstream = draw_wan(heads=2)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     runs = [
-        with_grads(lambda *x: block_causal_attention(*x, WAN, impl=f"triton:{variant}"), inputs, upstream)
+        with_grads(lambda q, k, v: block_causal_attention(q, k, v, WAN, impl=f"triton:{variant}"), inputs, upstream)
         for _ in range(2)
     ]
-    expected = with_grads(lambda *x: block_causal_attention(*x, WAN, impl="chunks:sdpa"), inputs, upstream)
+    expected = with_grads(lambda q, k, v: block_causal_attention(q, k, v, WAN, impl="chunks:sdpa"), inputs, upstream)
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]), name
         worst = (value.double() - expected[name].double()).abs().max() / expected[name].double().abs().max()
@@ -205,7 +207,7 @@ def test_a_thousand_launches_do_not_hang(variant):
     layout = BlockCausalLayout(6, 100, 2, teacher_forcing=True)
     inputs, upstream = draw(layout, 128, torch.bfloat16)
     for _ in range(1000):
-        with_grads(lambda *x: block_causal_attention(*x, layout, impl=f"triton:{variant}"), inputs, upstream)
+        with_grads(lambda q, k, v: block_causal_attention(q, k, v, layout, impl=f"triton:{variant}"), inputs, upstream)
     torch.cuda.synchronize()
 
 
@@ -215,6 +217,6 @@ def test_memory_is_linear_in_the_sequence():
     inputs = [x.requires_grad_() for x in (q, k, v)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with_grads(lambda *x: block_causal_attention(*x, WAN, impl="triton"), inputs, upstream)
+    with_grads(lambda q, k, v: block_causal_attention(q, k, v, WAN, impl="triton"), inputs, upstream)
     # out, dq, dk, dv and the two rows of statistics, with a little room for work tables and descriptors
     assert torch.cuda.max_memory_allocated() - before < 5 * q.numel() * q.element_size() + 2**24
