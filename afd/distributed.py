@@ -7,9 +7,12 @@ which finds the process group initialised and uses it.
 import hashlib
 import os
 import socket
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -105,9 +108,33 @@ def threads_per_rank(environment: Mapping[str, str], size: int) -> int | None:
 
 
 def close_world() -> None:
-    """Leave the process group, where there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, where there is one; call it last, so that the process can end.
+
+    DeepSpeed keeps references to its groups, so gloo's worker threads survive `destroy_process_group`. One that still
+    lets go of its last tensor while the interpreter shuts down aborts the process ("terminate called without an
+    active exception", pytorch/pytorch issue 190489): wait until all of them sleep.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    for _ in range(100):
+        time.sleep(0.01)
+        if not _has_busy_threads():
+            return
+
+
+def _has_busy_threads() -> bool:
+    """True while a thread of this process other than the calling one runs or waits for a core (Linux)."""
+    for task in Path("/proc/self/task").glob("*"):
+        if int(task.name) == threading.get_native_id():
+            continue
+        try:
+            state = (task / "stat").read_text().rpartition(") ")[2][:1]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state == "R":
+            return True
+    return False
 
 
 def world_rank() -> int:

@@ -1,13 +1,16 @@
 """The process group under each launcher, the collectives, and the seeded generators."""
 
+import hashlib
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from afd.distributed import gather_cat, init_world, seeded_generator, threads_per_rank
+from afd.distributed import _has_busy_threads, gather_cat, init_world, seeded_generator, threads_per_rank
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -80,3 +83,13 @@ def test_seeded_generators_are_stable_and_distinct() -> None:
 
 
 PINNED_SEED = 2024819301478721300
+
+
+def test_threads_at_work_are_seen() -> None:
+    # hashlib lets go of the interpreter, as gloo's workers do.
+    worker = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"x", b"y", 3_000_000))
+    worker.start()
+    time.sleep(0.05)
+    busy = [_has_busy_threads() for _ in range(3)]
+    worker.join()
+    assert all(busy)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.distributed import close_world, init_world, seeded_generator
+from afd.distributed import broadcast_object, close_world, init_world, seeded_generator
 from afd.train.averaging import ParameterAverage
 from afd.train.engines import build_engine, consolidated_weights, gathered, load_ds_config
 
@@ -61,6 +61,7 @@ def follow(stage: int) -> dict[str, Any]:
     expected = {name: each for name, each in initial.items() if not name.startswith("2.")}
     seen: dict[str, float] = {"applied": 0.0, "gathered": 0.0, "restored": 0.0, "formula": 0.0}
     moved = 0.0
+    state = average.state_dict()
     for step in range(4):
         x = torch.randn(BATCH, 4, generator=seeded_generator(stage, step))
         engine.backward(engine(x[mine]).pow(2).mean())
@@ -72,6 +73,7 @@ def follow(stage: int) -> dict[str, Any]:
             before = engine(x)
             with average.applied():
                 averaged = engine(x)
+            inside = averaged
             try:
                 with average.applied(), gathered(engine) as module:
                     inside = module(x)
@@ -99,12 +101,11 @@ def follow(stage: int) -> dict[str, Any]:
     bitwise = all(torch.equal(live[name], again[name]) for name in live)
 
     other = ParameterAverage(engine, decay=DECAY, name="copy")
-    whole = [state if world.is_main else None]
-    torch.distributed.broadcast_object_list(whole)
-    other.load_state_dict(whole[0])
+    whole = broadcast_object(state)
+    other.load_state_dict(whole)
     reloaded = other.state_dict()
     same = all(torch.equal(reloaded[name], state[name]) for name in state)
-    wrong = dict(whole[0])
+    wrong = dict(whole)
     wrong["0.bias"] = torch.zeros(9)
 
     def nested() -> None:
@@ -127,7 +128,7 @@ def follow(stage: int) -> dict[str, Any]:
         "nested": message(nested),
         "outside": message(outside),
         "update_inside": message(update_inside),
-        "unknown": message(lambda: other.load_state_dict({**whole[0], "9.weight": torch.zeros(1)})),
+        "unknown": message(lambda: other.load_state_dict({**whole, "9.weight": torch.zeros(1)})),
         "shape": message(lambda: other.load_state_dict(wrong)),
     }
 

@@ -96,8 +96,8 @@ def adversarial_pair() -> dict[str, float]:
     """A ZeRO-3 student and a ZeRO-2 discriminator, with a gradient through the discriminator (the GAN objective)."""
     student_config, critic_config = config_for(3), load_ds_config(CONFIGS / "zero2_discriminator.json")
     critic_config["train_batch_size"] = BATCH
-    plain_student, plain_critic = toy(0), toy(1, out=1)[1:]
-    plain_critic = nn.Sequential(nn.Linear(3, 7), *plain_critic)
+    plain_student = toy(0)
+    plain_critic = nn.Sequential(nn.Linear(3, 7), *list(toy(1, out=1))[1:])
     student = build_engine(copy.deepcopy(plain_student), student_config)
     critic = build_engine(copy.deepcopy(plain_critic), critic_config)
     plain_optimizers = optimizer_for(plain_student, student_config), optimizer_for(plain_critic, critic_config)
