@@ -208,8 +208,8 @@ def adaln_modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) 
             x, scale, grad.contiguous(), grad_x, partial, scale.shape[1], tokens, rows, *scale.stride()[:2], eps,
             WIDTH=width, BLOCK=block, num_warps=row_warps(block, x.dtype),
         )  # fmt: skip
-    sums = partial.sum(1).to(scale.dtype)  # [B * F, 2, D]
-    grad_shift, grad_scale = (part.reshape(scale.shape).contiguous() for part in sums.unbind(1))
+    # Summed apart: outputs of a custom operator must not share memory.
+    grad_shift, grad_scale = (partial[:, :, i].sum(1).to(scale.dtype).reshape(scale.shape) for i in range(2))
     return grad_x, grad_shift, grad_scale
 
 
