@@ -306,7 +306,23 @@ def _client(output_dir: Path, state: TrackingState) -> MlflowClient:
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its retries would warn beside our one warning
-    return MlflowClient(tracking_uri=state.tracking_uri or f"sqlite:///{output_dir.resolve() / 'mlflow.db'}")
+    if state.tracking_uri is not None:
+        return MlflowClient(tracking_uri=state.tracking_uri)
+    database = output_dir.resolve() / "mlflow.db"
+    if not database.exists():
+        _create_database(database)
+    return MlflowClient(tracking_uri=f"sqlite:///{database}")
+
+
+def _create_database(database: Path) -> None:
+    """Make MLflow's SQLite file under another name first: a run killed meanwhile leaves no half-made tables behind."""
+    from mlflow.tracking import MlflowClient
+
+    draft = database.with_name(f".{database.name}.draft")
+    for leftover in database.parent.glob(f"{draft.name}*"):
+        leftover.unlink()
+    MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments(max_results=1)
+    os.replace(draft, database)
 
 
 def _ensure_run(client: MlflowClient, output_dir: Path, state: TrackingState) -> TrackingState:

@@ -137,7 +137,7 @@ def gradient_by_hand(
         v_old = with_weights("old")(x_t, t, prompt, clean=x0)
         v_ref = with_weights("reference")(x_t, t, prompt, clean=x0)
     v = with_weights("student")(x_t, t, prompt, clean=x0)
-    loss = nft.prior_weight * (v - v_ref).square().mean()
+    loss = nft.prior_weight * (w * (v - v_ref).square().flatten(1).mean(1)).mean()
     for sign, weight in ((1, w), (-1, 1 - w)):
         branch = v_old + sign * nft.nft_beta * (v - v_old)
         error = (x_t - at * branch - x0).flatten(1)

@@ -139,7 +139,7 @@ def test_other_runs_and_damaged_shards_are_refused_untouched(
     line = refusal(tiny.arguments(student__lora__rank="2", teacher__num_prompts="9"), capsys, tiny.output)
     assert "holds a run with another LoRA; another teacher" in line
 
-    shard = next((tiny.output / "data" / "train").glob("shard.*"))
+    shard = next((tiny.output / "data" / "train").glob("shard.*.zstd"))
     shutil.copytree(tiny.output / "data", tiny.inputs / "data", dirs_exist_ok=True)
     copy = tiny.inputs / "data" / "train" / shard.name
     damaged = bytearray(copy.read_bytes())

@@ -42,7 +42,7 @@ def test_engine_moves_along_the_gradient_written_by_hand(one: dict[str, Any]) ->
     assert one["hand"]["gradient_norm"] > 0.1
     assert one["hand"]["old_distance"] > 1e-4, "the old policy must differ from the student for this to mean anything"
     # float32 engine against float64; the gradient is the difference of two branches about 30 times its size
-    assert one["hand"]["relative_error"] < 5e-3
+    assert one["hand"]["relative_error"] < 1e-4
 
 
 def test_optimality_weight_signs_the_gradient_at_the_old_policy(one: dict[str, Any]) -> None:
