@@ -67,7 +67,7 @@ def _draw_ball(frames: np.ndarray, centre: np.ndarray, radius: float, colour: st
     if constants.shading:
         lift = np.sqrt(np.maximum(radius * radius - squared, 0.0))
         facing = np.maximum(_LIGHT[0] * dx + _LIGHT[1] * dy + _LIGHT[2] * lift, 0.0) / radius
-        diffuse = _pool(cover * (0.66 + 0.38 * facing), n)[..., None]
+        diffuse = _pool(cover * (0.80 + 0.36 * facing), n)[..., None]
         highlight = _pool(cover * 0.35 * facing**24, n)[..., None]
         paint = diffuse * base + highlight
     else:
