@@ -1,10 +1,10 @@
 """Distil the built-in world over several seeds and record what it did to physics and to quality.
 
-    python benchmarks/distillation.py --label quickstart --config configs/quickstart.yaml --seeds 0 1 2
+    python benchmarks/distillation.py --label quickstart --config configs/quickstart.yaml --seeds 0,1,2
     python benchmarks/distillation.py --label weak-gravity --seeds 0 teacher.physics.gravity=0.33
 
 Each seed is one real run of `launch/train.py`; a finished one is not repeated. Rows go to
-benchmarks/results/distillation.csv, a figure beside it, a table to the terminal.
+benchmarks/results/distillation.csv, a table to the terminal.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--label", required=True, help="name of this setting in the results")
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--ds_config", default="configs/zero3.json")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="comma-separated, such as 0,1,2")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "benchmarks")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args()
@@ -47,6 +47,10 @@ def main() -> int:
     append_rows(rows)
     print(summary(arguments.label, rows))
     return 0
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, object]:
