@@ -76,17 +76,26 @@ def save_student(student: CausalStudent, path: Path, *, dtype: torch.dtype, note
     save_file(tensors, path, metadata={"student_shape": student.shape.model_dump_json(), **note})
 
 
+def read_student_note(path: Path) -> dict[str, str]:
+    """The metadata of a student file.
+
+    Raises:
+        ValueError: not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"student weights {path} must be a safetensors file: {error}") from error
+
+
 def read_student_shape(path: Path) -> StudentShape:
     """The shape stored in a student file.
 
     Raises:
         ValueError: not a safetensors file, or one without a student's shape.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"student weights {path} must be a safetensors file: {error}") from error
+    metadata = read_student_note(path)
     if "student_shape" not in metadata:
         raise ValueError(f"student weights {path} must hold `student_shape` in the metadata, got {sorted(metadata)}")
     return StudentShape(**json.loads(metadata["student_shape"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from afd.distributed import seeded_generator
 from afd.models.dct_codec import DCTCodec
 from afd.models.encoders import TextEncoder, save_tiny_text_encoder
 from afd.models.student import CausalStudent
-from afd.models.weights import save_student
+from afd.models.weights import load_student, read_student_note, save_student
 from afd.teachers.physics import prompt_vocabulary, simulate_batch, training_prompts
 
 logger = logging.getLogger(__name__)
@@ -152,11 +153,30 @@ def distil_few_step(
     return _train(student, section.distil_steps, section.distil_lr, section.ema_decay, loss_at, "ODE regression")
 
 
+def _multistep_once(
+    student: CausalStudent, data: tuple[Tensor, Tensor, Tensor], config: RunConfig, path: Path
+) -> CausalStudent:
+    """Stage 1, or its result where `path` holds one made with the same settings."""
+    settings = json.dumps(
+        {"seed": config.seed, "video": config.video.model_dump(), "pretrain": config.pretrain.model_dump()},
+        sort_keys=True,
+    )
+    if path.exists() and read_student_note(path).get("settings") == settings:
+        logger.info("stage 1: taken from %s", path)
+        return load_student(path)
+    multi_step = train_multistep(student, data, config.pretrain, seed=config.seed)
+    save_student(multi_step, path, dtype=torch.float32, note={"made_by": "afd pretrain", "settings": settings})
+    return multi_step
+
+
 def make_base_student(config: RunConfig, out: Path) -> None:
     """Both stages from nothing: writes `text_encoder/` and `student.safetensors` (float16) into a folder.
 
-    Deterministic for a given configuration, torch build and number of threads.
+    `multi_step.safetensors` (float32) is stage 1's result; a second call in the same folder with the same settings
+    starts from it. Deterministic for a given configuration, torch build and processor: one thread, because the order
+    of a sum depends on their number.
     """
+    torch.set_num_threads(1)
     save_tiny_text_encoder(
         out / "text_encoder", prompt_vocabulary(), text_dim=StudentShape().text_dim, seed=config.seed
     )
@@ -175,6 +195,6 @@ def make_base_student(config: RunConfig, out: Path) -> None:
     data = wrong_physics_latents(config.pretrain, constants, text, seed=config.seed)
     student = CausalStudent(StudentShape())
     logger.info("base student: %d parameters", sum(parameter.numel() for parameter in student.parameters()))
-    multi_step = train_multistep(student, data, config.pretrain, seed=config.seed)
+    multi_step = _multistep_once(student, data, config, out / "multi_step.safetensors")
     few_step = distil_few_step(multi_step, data, config.pretrain, seed=config.seed)
     save_student(few_step, out / "student.safetensors", dtype=torch.float16, note={"made_by": "afd pretrain"})

@@ -1,0 +1,74 @@
+"""The run's configuration: frozen sections with a docstring per field.
+
+DeepSpeed's JSON owns what `deepspeed.initialize` reads (batch sizes, precision, ZeRO, optimizer, clipping); nothing
+here repeats it. Builders take a section apart; the mathematics never sees a config object. Reading and writing files
+is `afd.config_file`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from afd.config.discriminator import DiscriminatorSection, DiscriminatorShape
+from afd.config.section import NonNegative, Positive, Section
+from afd.config.student import LoRASection, PretrainSection, StudentSection, StudentShape
+from afd.config.teacher import DataSection, EncodersSection, PhysicsConstants, TeacherSection, VideoSection
+from afd.config.training import (
+    AveragesSection,
+    CheckpointSection,
+    EvaluationSection,
+    NFTSection,
+    RolloutSection,
+    TrackingSection,
+)
+
+__all__ = [
+    "AveragesSection",
+    "CheckpointSection",
+    "DataSection",
+    "DiscriminatorSection",
+    "DiscriminatorShape",
+    "EncodersSection",
+    "EvaluationSection",
+    "LoRASection",
+    "NFTSection",
+    "PhysicsConstants",
+    "PretrainSection",
+    "RolloutSection",
+    "RunConfig",
+    "Section",
+    "StudentSection",
+    "StudentShape",
+    "TeacherSection",
+    "TrackingSection",
+    "VideoSection",
+]
+
+
+class RunConfig(Section):
+    """Everything about a run except what DeepSpeed's JSON owns."""
+
+    seed: NonNegative = 0
+    """Seed of every random choice."""
+    num_steps: Positive = 200
+    """Student steps."""
+    output_dir: Path = Path("outputs/quickstart")
+    """Where everything of the run is written."""
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long a rank waits for another before the run dies, s."""
+    teacher: TeacherSection = TeacherSection()
+    video: VideoSection = VideoSection()
+    data: DataSection = DataSection()
+    encoders: EncodersSection = EncodersSection()
+    student: StudentSection = StudentSection()
+    discriminator: DiscriminatorSection = DiscriminatorSection()
+    rollout: RolloutSection = RolloutSection()
+    nft: NFTSection = NFTSection()
+    averages: AveragesSection = AveragesSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+    pretrain: PretrainSection = PretrainSection()

@@ -1,0 +1,55 @@
+"""The discriminator and its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from afd.config.section import NonNegative, Positive, Section
+
+
+class DiscriminatorShape(Section):
+    """Dimensions of the latent discriminator."""
+
+    in_channels: Positive = 12
+    """Latent channels C."""
+    patch_size: tuple[Positive, Positive, Positive] = (3, 1, 1)
+    """Latent frames, rows and columns per token."""
+    num_layers: Positive = 3
+    """Transformer blocks."""
+    num_heads: Positive = 4
+    """Attention heads."""
+    head_dim: Positive = 16
+    """Width of a head; even."""
+    ffn_dim: Positive = 256
+    """Hidden width of the feed-forward."""
+    text_dim: Positive = 32
+    """Text width D."""
+
+    @property
+    def dim(self) -> int:
+        """Model width: num_heads x head_dim."""
+        return self.num_heads * self.head_dim
+
+
+class DiscriminatorSection(Section):
+    """The Bradley-Terry discriminator and its training."""
+
+    shape: DiscriminatorShape = DiscriminatorShape()
+    """Dimensions."""
+    ds_config: Path = Path("configs/zero2_discriminator.json")
+    """DeepSpeed JSON of its engine."""
+    warmup_steps: NonNegative = 60
+    """Discriminator-only steps before the student moves, on the base student's rollouts."""
+    lr_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplies the JSON's learning rate once the student moves; 0 freezes D after its warm-up (a stale D)."""
+    steps_per_student_step: Positive = 1
+    """Discriminator updates per student update."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Bradley-Terry temperature."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability mass moved from "the teacher's video is preferred" to its opposite."""
+    input_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of Gaussian noise added to teacher and student clips alike; keeps D from memorising pixels."""

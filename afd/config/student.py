@@ -1,0 +1,116 @@
+"""The student: its dimensions, where it comes from, how it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from afd.config.section import Fraction, NonNegative, Positive, Section
+
+
+class StudentShape(Section):
+    """Dimensions of the causal student; everything the architecture needs to know."""
+
+    in_channels: Positive = 12
+    """Latent channels C the model reads."""
+    out_channels: Positive = 12
+    """Latent channels C the model predicts."""
+    patch_size: tuple[Positive, Positive, Positive] = (1, 1, 1)
+    """Latent frames, rows and columns per token; temporal patch must be 1."""
+    num_layers: Positive = 4
+    """Transformer blocks."""
+    num_heads: Positive = 2
+    """Attention heads."""
+    head_dim: Positive = 32
+    """Width of a head; even."""
+    ffn_dim: Positive = 256
+    """Hidden width of the feed-forward."""
+    freq_dim: Positive = 64
+    """Width of the sinusoidal time embedding; even."""
+    text_len: Positive = 16
+    """Text tokens L; shorter prompts are zero-padded."""
+    text_dim: Positive = 32
+    """Text width D."""
+    cross_attn_norm: bool = True
+    """Affine LayerNorm before cross-attention."""
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Epsilon of every normalisation."""
+    chunk_frames: Positive = 3
+    """Latent frames K generated at once."""
+    first_chunk_frames: Positive | None = None
+    """Frames of the first chunk when it differs (1 for image-to-video)."""
+    window_frames: Positive | None = None
+    """Frames a query may see, ending with its own chunk; None sees everything before."""
+    sink_frames: NonNegative = 0
+    """First frames of the video, always visible, on top of the window."""
+    attention_impl: str | None = None
+    """Implementation of block-causal attention; None picks by device."""
+
+    @property
+    def dim(self) -> int:
+        """Model width: num_heads x head_dim."""
+        return self.num_heads * self.head_dim
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudentShape:
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size must start with 1 (frames are generated one by one), got {self.patch_size}")
+        if self.head_dim % 2 or self.freq_dim % 2:
+            raise ValueError(f"head_dim and freq_dim must be even, got {self.head_dim} and {self.freq_dim}")
+        longest = max(self.chunk_frames, self.first_chunk_frames or 0)
+        if self.window_frames is not None and self.window_frames < longest:
+            raise ValueError(f"window_frames must hold a chunk of {longest} frames, got {self.window_frames}")
+        return self
+
+
+class PretrainSection(Section):
+    """How the quick start's base student is made (`afd pretrain`); read by nothing else."""
+
+    num_videos: Positive = 24000
+    """Videos of the wrong-physics mixture."""
+    gravity_range: tuple[float, float] = (0.0, 1.0)
+    """Each video's gravity is drawn uniformly from this range, box / s^2."""
+    batch_size: Positive = 16
+    """Videos per step, both stages."""
+    context_noise: Annotated[float, Field(ge=0)] = 0.1
+    """Standard deviation of noise on the clean context while training: steadies long rollouts."""
+    time_shift: Annotated[float, Field(gt=0)] = 3.0
+    """Training times are uniform, warped by this shift."""
+    flow_steps: Positive = 9000
+    """Optimizer steps of the multi-step flow-matching model."""
+    flow_lr: Annotated[float, Field(gt=0)] = 2e-3
+    """AdamW learning rate of the first stage."""
+    ode_steps: Positive = 16
+    """Euler steps of the trajectories that the few-step student is regressed on."""
+    distil_steps: Positive = 3000
+    """Optimizer steps of the ODE regression."""
+    distil_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """AdamW learning rate of the second stage."""
+    ema_decay: Fraction = 0.995
+    """Decay of the averaged weights that each stage hands on."""
+
+
+class LoRASection(Section):
+    """Low-rank adapters (peft) instead of full fine-tuning."""
+
+    rank: NonNegative = 0
+    """Rank r; 0 trains all parameters."""
+    alpha: Positive = 256
+    """Scale numerator: the update is alpha / r times B A."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    """Suffixes of the linear layers that get an adapter."""
+
+
+class StudentSection(Section):
+    """Where the student comes from and how it is trained; its dimensions come from the file."""
+
+    init_from: Path | None = None
+    """Student weights (safetensors with its shape); default the base student shipped with the quick start."""
+    lora: LoRASection = LoRASection()
+    """Adapters; rank 0 is full fine-tuning."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass."""
+    attention_impl: str | None = None
+    """Implementation of block-causal attention; None picks by device."""

@@ -1,0 +1,96 @@
+"""What is distilled, and the data made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from afd.config.section import Fraction, NonNegative, Positive, Section
+
+
+class PhysicsConstants(Section):
+    """Everything about the built-in world that a prompt does not say. Lengths in box widths, y down, no air drag."""
+
+    gravity: float = 1.0
+    """Downward acceleration, boxes / s^2; any sign."""
+    restitution: Fraction = 0.8
+    """Speed kept by the normal motion at a wall, the floor or the ceiling."""
+    ball_restitution: Fraction = 0.9
+    """The same between two balls."""
+    duration_s: Annotated[float, Field(gt=0)] = 1.5
+    """Length of a clip; round(duration_s * fps) frames, the first at time 0."""
+    fps: Positive = 24
+    """Frames per second of a teacher video; preparation resamples to `video.fps`, rarely the same on purpose."""
+    height: Positive = 64
+    """Rows of a frame; preparation resizes to `video.height`."""
+    width: Positive = 64
+    """Columns of a frame; preparation resizes to `video.width`."""
+    supersample: Positive = 4
+    """Samples per pixel and axis."""
+    soft_edge: Annotated[float, Field(ge=0)] = 0.01
+    """Width of the ball's edge; 0 is a hard disc."""
+    shading: bool = True
+    """Light the ball from the upper left, with a small highlight."""
+    noise: Annotated[float, Field(ge=0)] = 0.005
+    """Standard deviation of the sensor noise, in [0, 1] units of intensity."""
+    background: Fraction = 0.08
+    """Grey level of the background."""
+    crf: NonNegative = 16
+    """H.264 constant rate factor of the finished video."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip."""
+        return max(1, round(self.duration_s * self.fps))
+
+
+class TeacherSection(Section):
+    """Which black box is distilled."""
+
+    kind: Literal["physics", "shards"] = "physics"
+    """`physics` queries the built-in world once and writes shards; `shards` trains on shards already prepared."""
+    physics: PhysicsConstants = PhysicsConstants()
+    """The built-in world's constants, read when kind is physics."""
+    num_prompts: Positive = 200
+    """Training prompts, one teacher video each."""
+    num_heldout_prompts: Positive = 64
+    """Prompts never trained on, for evaluation."""
+
+
+class VideoSection(Section):
+    """The student's video format; teacher videos are resampled to it."""
+
+    num_frames: Positive = 12
+    """Latent frames F of a training clip."""
+    fps: Annotated[float, Field(gt=0)] = 8.0
+    """Frames per second."""
+    height: Positive = 16
+    """Pixels."""
+    width: Positive = 16
+    """Pixels."""
+
+
+class DataSection(Section):
+    """Where the MosaicML shards are."""
+
+    train_shards: Path | None = None
+    """Folder of training shards; default `<output_dir>/data/train`, written by the physics teacher if absent."""
+    heldout_shards: Path | None = None
+    """Folder of held-out shards; default `<output_dir>/data/heldout`."""
+    shuffle: bool = True
+    """Reshuffle the prompts every epoch."""
+
+
+class EncodersSection(Section):
+    """Frozen networks between pixels, words and the student."""
+
+    codec: Literal["dct", "wan_vae"] = "dct"
+    """`dct` is the weight-free codec of the built-in world; `wan_vae` loads AutoencoderKLWan from `vae_path`."""
+    vae_path: Path | None = None
+    """Folder of a diffusers AutoencoderKLWan, read when codec is wan_vae."""
+    text_path: Path | None = None
+    """Folder with a tokenizer and a (U)MT5 encoder; default the tiny UMT5 shipped with the quick start."""
+    text_len: Positive = 16
+    """Text tokens L of every embedding; the student's text_len."""

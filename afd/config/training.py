@@ -1,0 +1,86 @@
+"""Rollouts, the update, averages, and what happens around the steps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from afd.config.section import Fraction, NonNegative, Positive, Section
+
+
+class RolloutSection(Section):
+    """How the student samples, in training and evaluation."""
+
+    steps: tuple[Positive, ...] = (1000, 500)
+    """Denoising steps of 1000 per chunk, decreasing; warped by `shift`."""
+    shift: Annotated[float, Field(gt=0)] = 3.0
+    """Time shift of the sampler's grid."""
+    group_size: Positive = 4
+    """Rollouts G per prompt; the prompts per step are the JSON's train_batch_size / G."""
+    policy: Literal["current", "ema"] = "ema"
+    """Whose weights roll out and give v_old: the student's own, or the lagging old policy's."""
+
+
+class NFTSection(Section):
+    """The student's update: DiffusionNFT on its own rollouts."""
+
+    variant: Literal["adaptive", "plain"] = "adaptive"
+    """`adaptive` weighs each branch by its detached x0 error; `plain` is the bare squared error."""
+    nft_beta: Annotated[float, Field(gt=0)] = 0.5
+    """Distance of v+ and v- from v_old along v - v_old."""
+    prior_weight: Annotated[float, Field(ge=0)] = 1e-2
+    """lambda of the pull towards the frozen initial student; 0 skips its forward pass."""
+    baseline: Literal["group", "batch"] = "group"
+    """b(y): mean score of the prompt's group or of the batch."""
+    normalise_by: Literal["global_std", "group_std", "minmax"] = "global_std"
+    """Scale of the advantages; all reduce over every rank."""
+    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
+    """Normalised advantage that saturates the optimality weight."""
+    time_sampling: Literal["grid", "uniform", "logit_normal"] = "grid"
+    """Times of the forward process, one per chunk; `grid` draws the sampler's own."""
+    updates_per_rollout: Positive = 1
+    """Optimizer steps on each batch of rollouts."""
+
+
+class AveragesSection(Section):
+    """Lagging copies of the student, sharded like it."""
+
+    ema_decay: Fraction = 0.98
+    """Decay of the averaged weights that are evaluated and exported."""
+    old_policy: Literal["constant", "slow", "delayed"] = "constant"
+    """Decay of the old policy: `constant` is old_policy_decay; the others are DiffusionNFT's min(0.001 s, 0.5) and
+    0 for s < 75 then min(0.0075 (s - 75), 0.999), s = optimizer steps."""
+    old_policy_decay: Fraction = 0.9
+    """Decay when old_policy is constant; 0 makes it the previous step's student."""
+
+
+class EvaluationSection(Section):
+    """Measuring on held-out prompts."""
+
+    every: NonNegative = 0
+    """Steps between evaluations during training; 0 evaluates base and final student only."""
+    seeds_per_prompt: Positive = 2
+    """Clips per held-out prompt."""
+    samples_every: NonNegative = 100
+    """Steps between contact sheets and sample videos; 0 writes them at the end only."""
+    num_samples: Positive = 4
+    """Prompts in a contact sheet."""
+
+
+class CheckpointSection(Section):
+    """Commits of the whole run."""
+
+    every: NonNegative = 100
+    """Steps between commits; 0 commits at the end only."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Commits kept."""
+
+
+class TrackingSection(Section):
+    """Following the run: metrics.jsonl is always written."""
+
+    mlflow: bool = True
+    """Send metrics to MLflow too: a SQLite file in the output folder unless MLFLOW_TRACKING_URI is set."""
+    experiment: str = "afd"
+    """MLflow experiment."""
