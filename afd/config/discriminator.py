@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from afd.config.section import NonNegative, Positive, Section
+from afd.config.section import Fraction, NonNegative, Positive, Section
+from afd.config.training import LRSchedule
 
 
 class DiscriminatorShape(Section):
@@ -45,6 +46,8 @@ class DiscriminatorSection(Section):
     """Discriminator-only steps before the student moves, on the base student's rollouts."""
     lr_scale: Annotated[float, Field(ge=0)] = 1.0
     """Multiplies the JSON's learning rate once the student moves; 0 freezes D after its warm-up (a stale D)."""
+    lr_schedule: LRSchedule = LRSchedule()
+    """Of its learning rate once the student moves, on top of lr_scale."""
     steps_per_student_step: Positive = 1
     """Discriminator updates per student update."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -53,3 +56,14 @@ class DiscriminatorSection(Section):
     """Probability mass moved from "the teacher's video is preferred" to its opposite."""
     input_noise: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of Gaussian noise added to teacher and student clips alike; keeps D from memorising pixels."""
+    r1_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the smoothness penalty mean (D(x + r1_sigma n) - D(x))^2 / r1_sigma^2 on teacher clips: a zero-centred
+    gradient penalty (R1) by finite differences, which needs no second derivative."""
+    r1_sigma: Annotated[float, Field(gt=0)] = 0.05
+    """Standard deviation of that perturbation."""
+    hold_above: Fraction = 1.0
+    """No update on a step whose pairs D already ranks with more than this accuracy; 1 never holds."""
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Expected share of pairs whose rollout comes from an earlier step, against cycling."""
+    replay_steps: Positive = 8
+    """Steps of rollouts kept for that, on each rank's CPU."""

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from afd.config.section import Fraction, NonNegative, Positive, Section
+from afd.config.training import LRSchedule
 
 
 class StudentShape(Section):
@@ -110,6 +111,8 @@ class StudentSection(Section):
     """Student weights (safetensors with its shape); default the base student shipped with the quick start."""
     lora: LoRASection = LoRASection()
     """Adapters; rank 0 is full fine-tuning."""
+    lr_schedule: LRSchedule = LRSchedule()
+    """Of the student's learning rate."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     attention_impl: str | None = None

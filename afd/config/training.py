@@ -9,6 +9,18 @@ from pydantic import Field
 from afd.config.section import Fraction, NonNegative, Positive, Section
 
 
+class LRSchedule(Section):
+    """Multiplies the learning rate of a DeepSpeed JSON over the student's steps; a `scheduler` there as well is an
+    error."""
+
+    kind: Literal["constant", "cosine"] = "constant"
+    """`cosine` falls from 1 to final_scale over num_steps."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear growth from 0 at the start, for either kind."""
+    final_scale: Fraction = 0.0
+    """Where `cosine` ends."""
+
+
 class RolloutSection(Section):
     """How the student samples, in training and evaluation."""
 

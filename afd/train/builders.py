@@ -14,6 +14,7 @@ from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_r
 from afd.train.engines import DSConfig, build_engine
 from afd.train.objectives import Roles
 from afd.train.preflight import RunPlan
+from afd.train.replay import RolloutReplay
 
 _DISCRIMINATOR_SEED_OFFSET = 7919
 
@@ -34,6 +35,7 @@ def build_roles(
         old=ParameterAverage(student_engine, decay=_old_policy_decay(averages), name="old"),
         ema=ParameterAverage(student_engine, decay=averages.ema_decay, name="ema"),
         reference=ParameterAverage(student_engine, decay=1.0, name="reference"),
+        replay=RolloutReplay(num_steps=config.discriminator.replay_steps, share=config.discriminator.replay_share),
     )
 
 

@@ -18,22 +18,24 @@ from afd.rollout import rollout, rollout_noise
 from afd.train.averaging import ParameterAverage
 from afd.train.discriminator_update import score, update_discriminator
 from afd.train.engines import Engine, gathered
+from afd.train.replay import RolloutReplay
 from afd.train.student_update import make_noised_states, update_student, velocities_of
 from afd.types import Rollout, VideoBatch
 
 _HISTOGRAM_BINS = 10
-ROLLOUT, DISCRIMINATOR, FORWARD, EVALUATION = range(4)  # seed streams: no two uses share random numbers
+ROLLOUT, DISCRIMINATOR, FORWARD, EVALUATION, REPLAY = range(5)  # seed streams: no two uses share random numbers
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Everything that learns or lags: two engines and three averages of the student."""
+    """Everything that learns, lags or remembers: two engines, three averages of the student, earlier rollouts."""
 
     student: Engine
     discriminator: Engine
     old: ParameterAverage
     ema: ParameterAverage
     reference: ParameterAverage
+    replay: RolloutReplay
 
 
 class StepTimer:
@@ -111,7 +113,8 @@ def warmup_step(
         x_s = roll_out(roles, teacher, config, step, world=world)
     with timer.phase("discriminator"):
         generators = sample_generators(teacher, config.rollout.group_size, config.seed, DISCRIMINATOR, step)
-        return update_discriminator(roles.discriminator, teacher, x_s, config.discriminator, generators)
+        pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))
+        return update_discriminator(roles.discriminator, *pairs, config.discriminator, generators)
 
 
 def afd_step(
@@ -134,9 +137,10 @@ def afd_step(
         x_s = roll_out(roles, teacher, config, step, world=world)  # (2)
     metrics: dict[str, Tensor] = {}
     with timer.phase("discriminator"):
+        pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))
         for repeat in range(config.discriminator.steps_per_student_step):  # (3)
             generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, repeat)
-            metrics |= update_discriminator(roles.discriminator, teacher, x_s, config.discriminator, generators)
+            metrics |= update_discriminator(roles.discriminator, *pairs, config.discriminator, generators)
     with timer.phase("score"):
         scores = score(roles.discriminator, x_s.latents, x_s.prompt_embeds)
         w, weight_metrics = weigh(scores, config, world=world)  # (4)

@@ -20,6 +20,7 @@ from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, text_encoder_fo
 from afd.models.weights import read_student_shape
 from afd.preparation import shard_folders
 from afd.train.engines import DSConfig, batch_arithmetic
+from afd.train.learning_rate import check_lr_owner
 
 _DISK_RESERVE_BYTES = 256 * 2**20
 
@@ -70,6 +71,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     _check_shapes(config, shape, latents)
     _check_batches(config, student_batch, discriminator_batch, world_size)
     _check_zero(ds_student)
+    check_lr_owner(config, ds_student, ds_discriminator)
     if config.nft.baseline == "group" and config.rollout.group_size == 1:
         raise ConfigError(
             "rollout.group_size must be > 1 with nft.baseline = group (or take nft.baseline=batch), got 1"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from afd.config import RunConfig
+from afd.config import LRSchedule, RunConfig
 from afd.config_file import dump_config
 from afd.data.loader import build_loader, read_all, to_batch
 from afd.distributed import World
@@ -26,6 +26,7 @@ from afd.tracking import Tracker
 from afd.train.averaging import ParameterAverage
 from afd.train.checkpoint import load_checkpoint, save_checkpoint
 from afd.train.engines import gathered
+from afd.train.learning_rate import lr_factor, set_lr
 from afd.train.objectives import Roles, StepTimer, afd_step, warmup_step
 from afd.train.preflight import RunPlan
 from afd.types import VideoBatch
@@ -79,7 +80,6 @@ class Trainer:
             self.evaluation["teacher"] = self.evaluator.evaluate_teacher()
             self.evaluation["base"] = self._evaluate(self.roles.reference)
             self._warm_up()
-        self._scale_discriminator_lr()
         first = self.step
         for step in self._progress(first, self.config.num_steps, "AFD"):
             metrics = self._train_step(step)
@@ -104,15 +104,18 @@ class Trainer:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (self.config.output_dir / "warmup.jsonl").write_text(text)
 
-    def _scale_discriminator_lr(self) -> None:
-        engine = self.roles.discriminator
-        lr = engine.optimizer_params()["lr"] * self.config.discriminator.lr_scale
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+    def _set_learning_rates(self, step: int) -> None:
+        """The step's own; engines with a scheduler in their JSON and a constant schedule here are left alone."""
+        section, num_steps = self.config.discriminator, self.config.num_steps
+        if self.config.student.lr_schedule != LRSchedule():
+            set_lr(self.roles.student, lr_factor(self.config.student.lr_schedule, step, num_steps))
+        if section.lr_scale != 1.0 or section.lr_schedule != LRSchedule():
+            set_lr(self.roles.discriminator, section.lr_scale * lr_factor(section.lr_schedule, step, num_steps))
 
     def _train_step(self, step: int) -> dict[str, float]:
         timer = StepTimer()
         start = time.perf_counter()
+        self._set_learning_rates(step)
         with timer.phase("data"):
             batch = self._next_batch()
         seeded_step = self.config.discriminator.warmup_steps + step
@@ -164,7 +167,12 @@ class Trainer:
             return self.evaluator.decode(self.evaluator.sample(student, rows))
 
     def _save(self) -> None:
-        state = {"loader": self.loader.state_dict(), "step": self.step, "evaluation": self.evaluation}
+        state = {
+            "loader": self.loader.state_dict(),
+            "step": self.step,
+            "evaluation": self.evaluation,
+            "replay": self.roles.replay.state_dict(),
+        }
         save_checkpoint(
             self.config.output_dir / "checkpoints",
             self.step,
@@ -181,6 +189,7 @@ class Trainer:
         self.loader.load_state_dict(restored.state["loader"])
         self.step = restored.state["step"]
         self.evaluation = restored.state["evaluation"]
+        self.roles.replay.load_state_dict(restored.state["replay"])
         if self.world.is_main:
             logger.info("resumed from %s at step %d", commit, self.step)
 

@@ -211,6 +211,12 @@ result: dict[str, Any] = {
     "plain": train("nft.variant=plain"),
     "stage 3 + stage 3": train(stages=(3, 3)),
     "two updates": train("nft.updates_per_rollout=2", "discriminator.steps_per_student_step=2"),
+    "watched D": train(
+        "discriminator.replay_share=0.5",
+        "discriminator.r1_weight=0.1",
+        "discriminator.input_noise=0.3",
+        "discriminator.hold_above=0.99",
+    ),
     "LoRA": train("student.lora.rank=4", "student.lora.alpha=8"),
 }
 if world.size == 1:

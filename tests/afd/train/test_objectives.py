@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).with_name("objectives_worker.py")
-CASES = ("ema", "current", "plain", "stage 3 + stage 3", "two updates", "LoRA")
+CASES = ("ema", "current", "plain", "stage 3 + stage 3", "two updates", "watched D", "LoRA")
 
 
 @pytest.fixture(scope="module")

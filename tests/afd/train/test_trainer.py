@@ -75,7 +75,8 @@ def command(folder: Path, tiny_inputs: Path, tiny_knobs: dict[str, str]) -> Any:
         root = Path(__file__).parents[3]
         script, config = root / "launch" / "train.py", root / "configs" / "quickstart.yaml"
         paths = ["--config", str(config), "--ds_config", str(tiny_inputs / "zero3.json")]
-        overrides = [f"{key}={value}" for key, value in tiny_knobs.items()]
+        state = {"discriminator.replay_share": "0.5", "student.lr_schedule.kind": "cosine"}
+        overrides = [f"{key}={value}" for key, value in (tiny_knobs | state).items()]
         return [sys.executable, str(script), *paths, "--output_dir", str(folder / name), *flags, *overrides]
 
     return build

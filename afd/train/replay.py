@@ -1,0 +1,62 @@
+"""Earlier rollouts shown to the discriminator again, so that it does not forget what the student has stopped doing."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd.distributed import seeded_generator
+from afd.types import Rollout, VideoBatch
+
+
+class RolloutReplay:
+    """The last `num_steps` steps' (teacher clip, rollout, prompt) rows of this rank, on the CPU.
+
+    A row is only ever replaced by the row in the same place of an earlier step, and whether it is depends on the
+    run's seed, the step and the sample alone: any number of ranks makes the same pairs.
+    """
+
+    def __init__(self, *, num_steps: int, share: float) -> None:
+        self.share = share
+        self._steps: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=num_steps)
+
+    def mix(self, teacher: VideoBatch, rollout: Rollout, *, seed: tuple[int, ...]) -> tuple[VideoBatch, Rollout]:
+        """Pairs for the discriminator: this step's, a share of them replaced by earlier ones; then remember this step.
+
+        Args:
+            teacher: B prompts.
+            rollout: N = B G rollouts.
+            seed: of this step's choices.
+        Returns:
+            N rows (G = 1) of teacher clips and rollouts, or the arguments where nothing is replayed.
+        """
+        if self.share == 0:
+            return teacher, rollout
+        group_size = len(rollout.latents) // len(teacher.latents)
+        now = (teacher.latents.repeat_interleave(group_size, dim=0), rollout.latents, rollout.prompt_embeds)
+        mixed = [each.clone() for each in now]
+        if self._steps:
+            for row, sample_id in enumerate(rollout.sample_ids.tolist()):
+                generator = seeded_generator(*seed, sample_id, row % group_size)
+                chance, which = torch.rand(2, generator=generator).tolist()
+                if chance < self.share:
+                    earlier = self._steps[int(which * len(self._steps))]
+                    for target, source in zip(mixed, earlier, strict=True):
+                        target[row] = source[row]
+        real, fake, prompt = mixed
+        self._steps.append((now[0].cpu(), now[1].cpu(), now[2].cpu()))
+        every_row = VideoBatch(rollout.sample_ids, (), real, prompt)
+        return every_row, Rollout(fake, prompt, rollout.group_ids, rollout.sample_ids)
+
+    def state_dict(self) -> list[list[Tensor]]:
+        """Everything remembered, oldest first."""
+        return [list(step) for step in self._steps]
+
+    def load_state_dict(self, state: list[list[Tensor]]) -> None:
+        """Take back what `state_dict` returned."""
+        self._steps.clear()
+        steps: Any = (tuple(step) for step in state)
+        self._steps.extend(steps)
