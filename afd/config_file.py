@@ -30,17 +30,12 @@ _OWNED_BY_DEEPSPEED = frozenset(
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and dotted overrides such as `rollout.group_size=4` into a checked configuration.
 
+    A file may start from another one: `base: quickstart.yaml`, relative to its own folder.
+
     Raises:
         ConfigError: one line naming the field, what was expected and what came.
     """
-    if not path.is_file():
-        raise ConfigError(f"--config {path} does not exist")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"--config {path} must hold a mapping of sections, got {type(tree).__name__}")
+    tree = _read_tree(path, seen=())
     for override in overrides:
         _apply_override(tree, override)
     _refuse_unknown(tree, RunConfig, prefix="")
@@ -55,6 +50,34 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_tree(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a file laid over those of its `base`."""
+    if not path.is_file():
+        raise ConfigError(f"--config {path} does not exist" if not seen else f"base {path} of {seen[-1]} is missing")
+    if path.resolve() in seen:
+        raise ConfigError(f"base of {seen[-1]} must not lead back to {path}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {path} must hold a mapping of sections, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"base of {path} must be the name of a YAML file, got {base!r}")
+    return _laid_over(_read_tree(path.parent / base, seen=(*seen, path.resolve())), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _laid_over(below[key], value) if both else value
+    return merged
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

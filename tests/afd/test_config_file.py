@@ -48,6 +48,18 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
     assert config.teacher.physics.gravity == -2
 
 
+def test_a_file_is_laid_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("seed: 3\nrollout:\n  group_size: 8\n  shift: 2.0\n")
+    config = load_config(write(tmp_path, "base: below.yaml\nrollout:\n  shift: 5.0\n"), ["seed=4"])
+    assert (config.seed, config.rollout.group_size, config.rollout.shift) == (4, 8, 5.0)
+
+
+def test_a_base_that_is_missing_or_leads_back_is_refused(tmp_path: Path) -> None:
+    assert "nowhere.yaml of" in refusal(write(tmp_path, "base: nowhere.yaml\n"))
+    assert "must not lead back to" in refusal(write(tmp_path, "base: run.yaml\n"))
+    assert "must be the name of a YAML file, got 3" in refusal(write(tmp_path, "base: 3\n"))
+
+
 def test_dump_reads_back_to_an_equal_configuration(tmp_path: Path) -> None:
     overrides = ["seed=7", "rollout.steps=[1000,1]", "student.init_from=weights/a.safetensors", "nft.variant=plain"]
     config = load_config(write(tmp_path, ""), overrides)
