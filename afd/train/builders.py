@@ -11,7 +11,8 @@ from afd.models.lora import add_lora
 from afd.models.student import CausalBlock, CausalStudent
 from afd.models.weights import load_student
 from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_ramp_to_half
-from afd.train.engines import DSConfig, build_engine
+from afd.train.ds_config import DSConfig
+from afd.train.engines import build_engine
 from afd.train.objectives import Roles
 from afd.train.preflight import RunPlan
 from afd.train.replay import RolloutReplay

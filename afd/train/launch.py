@@ -23,7 +23,7 @@ from afd.preparation import prepare_shards, shard_folders
 from afd.tracking import JournalTracker, MLflowTracker, NullTracker, Tracker
 from afd.train.checkpoint import find_commit
 from afd.train.commit import RunLock, list_commits, read_manifest, set_aside_run
-from afd.train.engines import DSConfig, load_ds_config
+from afd.train.ds_config import DSConfig, load_ds_config
 from afd.train.preflight import RunPlan, describe_plan, plan_run
 from afd.train.restore import check_resumable
 

@@ -6,7 +6,8 @@ import math
 
 from afd.config import LRSchedule, RunConfig
 from afd.config_file import ConfigError
-from afd.train.engines import DSConfig, Engine
+from afd.train.ds_config import DSConfig
+from afd.train.engines import Engine
 
 
 def lr_factor(schedule: LRSchedule, step: int, num_steps: int) -> float:

@@ -19,7 +19,7 @@ from afd.diffusion.flow_matching import sampler_grid
 from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, text_encoder_folder
 from afd.models.weights import read_student_shape
 from afd.preparation import shard_folders
-from afd.train.engines import DSConfig, batch_arithmetic
+from afd.train.ds_config import DSConfig, batch_arithmetic
 from afd.train.learning_rate import check_lr_owner
 
 _DISK_RESERVE_BYTES = 256 * 2**20

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from afd.distributed import broadcast_object, close_world, init_world, seeded_generator
 from afd.train.averaging import ParameterAverage
-from afd.train.engines import build_engine, consolidated_weights, gathered, load_ds_config
+from afd.train.ds_config import load_ds_config
+from afd.train.engines import build_engine, consolidated_weights, gathered
 
 BATCH, DECAY = 16, 0.9
 

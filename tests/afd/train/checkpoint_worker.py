@@ -19,7 +19,8 @@ from afd.distributed import all_reduce_sum, barrier, close_world, init_world
 from afd.train.averaging import ParameterAverage
 from afd.train.checkpoint import Restored, find_commit, load_checkpoint, save_checkpoint
 from afd.train.commit import RunLock, commit_name
-from afd.train.engines import build_engine, consolidated_weights, load_ds_config
+from afd.train.ds_config import load_ds_config
+from afd.train.engines import build_engine, consolidated_weights
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BATCH, LAST = 8, 6

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from afd.distributed import close_world, init_world, seeded_generator
-from afd.train.engines import build_engine, consolidated_weights, gathered, load_ds_config
+from afd.train.ds_config import load_ds_config
+from afd.train.engines import build_engine, consolidated_weights, gathered
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BATCH = 16

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from afd.train.engines import bare_module, batch_arithmetic, build_engine, gathered, load_ds_config, zero_stage
+from afd.train.ds_config import batch_arithmetic, load_ds_config
+from afd.train.engines import bare_module, build_engine, gathered, zero_stage
 
 WORKER = Path(__file__).with_name("engines_worker.py")
 CONFIGS = Path(__file__).parents[3] / "configs"

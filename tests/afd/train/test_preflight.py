@@ -15,7 +15,7 @@ from afd.config_file import ConfigError, load_config
 from afd.models.student import CausalStudent
 from afd.models.weights import save_student
 from afd.train import preflight
-from afd.train.engines import DSConfig
+from afd.train.ds_config import DSConfig
 from afd.train.preflight import RunPlan, describe_plan, plan_run
 
 DS_STUDENT: DSConfig = {
