@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -50,10 +50,12 @@ class DiscriminatorSection(Section):
     """Of its learning rate once the student moves, on top of lr_scale."""
     steps_per_student_step: Positive = 1
     """Discriminator updates per student update."""
+    loss: Literal["bradley_terry", "gan"] = "bradley_terry"
+    """`bradley_terry` compares a prompt's teacher clip and rollout; `gan` classifies each clip alone."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Bradley-Terry temperature."""
+    """Bradley-Terry temperature; `gan` has none."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Probability mass moved from "the teacher's video is preferred" to its opposite."""
+    """Probability mass moved from "the teacher's video is preferred" (or, with `gan`, "is real") to its opposite."""
     input_noise: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of Gaussian noise added to teacher and student clips alike; keeps D from memorising pixels."""
     r1_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -1,4 +1,7 @@
-"""The discriminator's loss. The student's, `nft_loss`, is a kernel: see `afd_kernels`."""
+"""What scores are trained with: the discriminator's losses, and a generator's for the GAN objective.
+
+The student's own loss, `nft_loss`, is a kernel: see `afd_kernels`.
+"""
 
 from __future__ import annotations
 
@@ -35,3 +38,35 @@ def bradley_terry_loss(
         )
     margin = (teacher_scores - student_scores) / temperature
     return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).mean()
+
+
+def gan_discriminator_loss(teacher_scores: Tensor, student_scores: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Classify each clip alone: -log sigmoid(D(x^T, y)) - log sigmoid(-D(x^S, y)), one-sided smoothing on the teacher.
+
+    At smoothing 0 the optimum is log p_T(x | y) / p_S(x | y), without a free constant: prompts are not paired.
+
+    Args:
+        teacher_scores, student_scores: [N] each.
+        label_smoothing: in [0, 0.5): the teacher's target probability is 1 - label_smoothing.
+    Returns:
+        [], mean over the clips.
+    Raises:
+        ValueError: label_smoothing is out of range.
+    Source: arXiv 1406.2661, eq. 1; one-sided smoothing arXiv 1606.03498, section 3.4.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    real = (1 - label_smoothing) * F.logsigmoid(teacher_scores) + label_smoothing * F.logsigmoid(-teacher_scores)
+    return -real.mean() - F.logsigmoid(-student_scores).mean()
+
+
+def non_saturating_loss(student_scores: Tensor) -> Tensor:
+    """A generator's loss against `gan_discriminator_loss`: -log sigmoid(D(x^S, y)).
+
+    Args:
+        student_scores: [N].
+    Returns:
+        [], mean over the clips.
+    Source: arXiv 1406.2661, section 3.
+    """
+    return -F.logsigmoid(student_scores).mean()

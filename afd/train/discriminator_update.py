@@ -1,4 +1,4 @@
-"""One optimizer step of the discriminator: prompt-paired Bradley-Terry on teacher videos against rollouts."""
+"""One optimizer step of the discriminator on teacher videos against rollouts, paired by prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from afd.config import DiscriminatorSection
-from afd.diffusion.losses import bradley_terry_loss
+from afd.diffusion.losses import bradley_terry_loss, gan_discriminator_loss
 from afd.distributed import all_reduce_mean
 from afd.train.engines import Engine
 from afd.types import Rollout, VideoBatch
@@ -74,7 +74,7 @@ def update_discriminator(
         section: temperature, label smoothing, input noise, smoothness penalty, hold_above.
         generators: one per row, for the noises.
     Returns:
-        `discriminator/loss` (Bradley-Terry alone), `/accuracy` (share of pairs ranked right, ties one half),
+        `discriminator/loss` (without the penalty), `/accuracy` (share of pairs ranked right, ties one half),
         `/margin` (mean teacher score minus student score), `/calibration` (mean predicted probability
         sigmoid(margin / temperature) minus accuracy; > 0 is overconfident), `/penalty` and `/held` (1 where no update
         was made): scalars averaged over all ranks.
@@ -86,9 +86,7 @@ def update_discriminator(
     for part in pairs.micro_batches(micro):
         with torch.set_grad_enabled(not is_held):
             teacher_scores, student_scores, *nearby_scores = part.scores(engine)
-            loss = bradley_terry_loss(
-                teacher_scores, student_scores, temperature=section.temperature, label_smoothing=section.label_smoothing
-            )
+            loss = _ranking_loss(teacher_scores, student_scores, section)
             penalty = torch.zeros_like(loss)
             for scores in nearby_scores:
                 penalty = (scores - teacher_scores).square().mean() / section.r1_sigma**2
@@ -103,6 +101,15 @@ def update_discriminator(
     names = [f"discriminator/{name}" for name in ("loss", "accuracy", "margin", "calibration", "penalty")]
     metrics = dict(zip(names, all_reduce_mean(totals), strict=True))
     return metrics | {"discriminator/held": torch.tensor(float(is_held), device=totals.device)}
+
+
+def _ranking_loss(teacher_scores: Tensor, student_scores: Tensor, section: DiscriminatorSection) -> Tensor:
+    smoothing = section.label_smoothing
+    if section.loss == "gan":
+        return gan_discriminator_loss(teacher_scores, student_scores, label_smoothing=smoothing)
+    return bradley_terry_loss(
+        teacher_scores, student_scores, temperature=section.temperature, label_smoothing=smoothing
+    )
 
 
 def _accuracy(margin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Bradley-Terry loss: by hand, its gradient, and the density ratio that is its optimum."""
+"""The discriminator's and the generator's losses: by hand, gradients, and the density ratio that is the optimum."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from afd.diffusion.losses import bradley_terry_loss
+from afd.diffusion.losses import bradley_terry_loss, gan_discriminator_loss, non_saturating_loss
 
 
 def test_value_by_hand() -> None:
@@ -67,46 +67,68 @@ def test_knobs_must_be_in_range(temperature: float, smoothing: float) -> None:
         bradley_terry_loss(torch.zeros(2), torch.zeros(2), temperature=temperature, label_smoothing=smoothing)
 
 
-TEACHER = torch.tensor([[0.5, 1.0], [-0.8, 0.8]], dtype=torch.float64)  # mean, std of the teacher's x, by prompt
-STUDENT = torch.tensor([[-0.5, 1.2], [0.0, 0.9]], dtype=torch.float64)
+# Each Gaussian by prompt: mean [P, d] and covariance [P, d, d] of the teacher's x and the student's.
+TEACHER = (
+    torch.tensor([[0.5, 0.2], [-0.8, 0.4]], dtype=torch.float64),
+    torch.tensor([[[1.0, 0.4], [0.4, 0.8]], [[0.6, -0.2], [-0.2, 0.9]]], dtype=torch.float64),
+)
+STUDENT = (
+    torch.tensor([[-0.5, 0.0], [0.0, -0.3]], dtype=torch.float64),
+    torch.tensor([[[1.4, 0.0], [0.0, 1.1]], [[0.8, 0.2], [0.2, 0.7]]], dtype=torch.float64),
+)
 
 
-def _log_density(x: Tensor, law: Tensor) -> Tensor:
-    return -0.5 * ((x - law[:, :1]) / law[:, 1:]).square() - law[:, 1:].log()
+def _gaussians(law: tuple[Tensor, Tensor], size: int) -> torch.distributions.MultivariateNormal:
+    return torch.distributions.MultivariateNormal(law[0][:, :size], law[1][:, :size, :size])
 
 
-def test_optimum_is_the_log_density_ratio_up_to_a_constant_per_prompt() -> None:
-    """Two prompts, one-dimensional Gaussian "videos": an MLP trained with the loss finds log p_T / p_S."""
-    temperature = 2.0
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.eye(2, dtype=torch.float64)
+@pytest.mark.parametrize("loss", ["bradley_terry", "gan"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_optimum_is_the_log_density_ratio_per_prompt(size: int, loss: str) -> None:
+    """Two prompts, Gaussian "videos": a quadratic in x per prompt, which holds the truth, trained to the optimum."""
+    temperature = 2.0 if loss == "bradley_terry" else 1.0
+    laws = _gaussians(TEACHER, size), _gaussians(STUDENT, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)).double()
+        pair = [law.sample((20_000,)) for law in laws]  # [n, 2 prompts, size]
+    coefficients = torch.zeros(2, 1 + size + size * size, dtype=torch.float64, requires_grad=True)
 
-    def scores(x: Tensor) -> Tensor:  # x [2 prompts, n] -> [2, n]
-        words = prompts[:, None].expand(-1, x.shape[1], -1)
-        return network(torch.cat([x[..., None], words], dim=-1)).squeeze(-1)
+    def scores(x: Tensor) -> Tensor:
+        squares = (x[..., :, None] * x[..., None, :]).flatten(2)
+        return torch.einsum("npf,pf->np", torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1), coefficients)
 
-    def draw(law: Tensor, count: int) -> Tensor:
-        return law[:, :1] + law[:, 1:] * torch.randn(2, count, generator=generator, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS([coefficients], max_iter=60, line_search_fn="strong_wolfe")
 
-    num_steps = 400
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    for _ in range(num_steps):
-        teacher, student = scores(draw(TEACHER, 512)), scores(draw(STUDENT, 512))
+    def objective() -> Tensor:
         optimizer.zero_grad()
-        bradley_terry_loss(teacher.flatten(), student.flatten(), temperature=temperature).backward()
-        optimizer.step()
-        schedule.step()
-    x = torch.linspace(-4, 4, 201, dtype=torch.float64).expand(2, -1)
-    log_teacher, log_student = _log_density(x, TEACHER), _log_density(x, STUDENT)
-    weight = log_teacher.exp() + log_student.exp()
-    weight = weight / weight.sum(1, keepdim=True)
+        teacher, student = (scores(x).flatten() for x in pair)
+        value = (
+            gan_discriminator_loss(teacher, student)
+            if loss == "gan"
+            else bradley_terry_loss(teacher, student, temperature=temperature)
+        )
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    x = torch.cat(pair)  # where the two have their mass
     with torch.no_grad():
-        error = scores(x) / temperature - (log_teacher - log_student)
-    error = error - (weight * error).sum(1, keepdim=True)
-    truth = (log_teacher - log_student) - (weight * (log_teacher - log_student)).sum(1, keepdim=True)
-    rms_error, rms_truth = ((weight * value.square()).sum(1).sqrt() for value in (error, truth))
-    assert (rms_error < 0.1 * rms_truth).all(), f"rms error {rms_error.tolist()} of {rms_truth.tolist()}"
+        found = scores(x) / temperature
+    truth = laws[0].log_prob(x) - laws[1].log_prob(x)
+    error = found - truth
+    if loss == "bradley_terry":
+        error = error - error.mean(0)
+    assert (error.std(0) < 0.05 * truth.std(0)).all(), f"{error.std(0).tolist()} of {truth.std(0).tolist()}"
+    assert (error.mean(0).abs() < 0.05 * truth.std(0)).all()
+
+
+def test_gan_losses_by_hand() -> None:
+    teacher, student = torch.tensor([1.0, -0.5]), torch.tensor([0.3, -2.0])
+    real = [0.9 * math.log1p(math.exp(-s)) + 0.1 * math.log1p(math.exp(s)) for s in teacher.tolist()]
+    fake = [math.log1p(math.exp(s)) for s in student.tolist()]
+    loss = gan_discriminator_loss(teacher, student, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(sum(real) / 2 + sum(fake) / 2, rel=1e-6)
+    generator = sum(math.log1p(math.exp(-s)) for s in student.tolist()) / 2
+    assert non_saturating_loss(student).item() == pytest.approx(generator, rel=1e-6)
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0.5\), got 0.5"):
+        gan_discriminator_loss(teacher, student, label_smoothing=0.5)
