@@ -14,6 +14,7 @@ from pydantic import Field
 
 from afd.config.discriminator import DiscriminatorSection, DiscriminatorShape
 from afd.config.section import NonNegative, Positive, Section
+from afd.config.sources import FolderSection, HttpSection, LiveSection, PipelineSection
 from afd.config.student import LoRASection, PretrainSection, StudentSection, StudentShape
 from afd.config.teacher import DataSection, EncodersSection, PhysicsConstants, TeacherSection, VideoSection
 from afd.config.training import (
@@ -34,10 +35,14 @@ __all__ = [
     "DiscriminatorShape",
     "EncodersSection",
     "EvaluationSection",
+    "FolderSection",
+    "HttpSection",
     "LRSchedule",
+    "LiveSection",
     "LoRASection",
     "NFTSection",
     "PhysicsConstants",
+    "PipelineSection",
     "PretrainSection",
     "RolloutSection",
     "RunConfig",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from afd.config.section import Fraction, NonNegative, Positive, Section
+from afd.config.sources import FolderSection, HttpSection, LiveSection, PipelineSection
 
 
 class PhysicsConstants(Section):
@@ -49,10 +50,27 @@ class PhysicsConstants(Section):
 class TeacherSection(Section):
     """Which black box is distilled."""
 
-    kind: Literal["physics", "shards"] = "physics"
-    """`physics` queries the built-in world once and writes shards; `shards` trains on shards already prepared."""
+    kind: Literal["physics", "folder", "http", "pipeline", "shards"] = "physics"
+    """`physics` queries the built-in world once and writes shards; `folder`, `http` and `pipeline` give `afd prepare`
+    finished videos (docs/teachers.md); `shards` trains on shards already prepared."""
     physics: PhysicsConstants = PhysicsConstants()
     """The built-in world's constants, read when kind is physics."""
+    folder: FolderSection = FolderSection()
+    """Read when kind is folder."""
+    http: HttpSection = HttpSection()
+    """Read when kind is http."""
+    pipeline: PipelineSection = PipelineSection()
+    """Read when kind is pipeline."""
+    prompts: Path | None = None
+    """Prompt list for http and pipeline: one a line (.txt), or .jsonl or .json with `prompt`; an `_extended` twin
+    beside it gives the wording that is asked for."""
+    videos_per_prompt: Positive = 1
+    """Videos per prompt of http and pipeline, with consecutive seeds."""
+    first_seed: NonNegative = 0
+    """Seed of a prompt's first video."""
+    licence: str = ""
+    """Licence tag of every video without its own."""
+    live: LiveSection = LiveSection()
     num_prompts: Positive = 200
     """Training prompts, one teacher video each."""
     num_heldout_prompts: Positive = 64

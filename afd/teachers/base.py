@@ -47,7 +47,7 @@ class VideoRequest:
 
     Args:
         prompt: the text asked for; the extended one where a prompt list has an `_extended` twin.
-        seed: the integer that tells videos of one prompt apart; the number within the prompt where none is known.
+        seed: the integer that tells videos of one prompt apart; one drawn from the file's name where none is known.
         source_id: unique within the source and the same in every run.
         short_prompt: the original of an extended prompt, else empty.
     """
@@ -109,10 +109,17 @@ class SourceVideo:
 
 @dataclass(frozen=True)
 class SourceReject:
-    """Something a source offered that is no video, and why."""
+    """Something a source offered that is no video, and why.
+
+    Args:
+        source_id: the request's, or the place in the source (`metadata.jsonl:17`, a file) where there is no request.
+        reason: one line, without secrets.
+        is_final: False where the next run may get it after all (a budget used up, a service that is down).
+    """
 
     source_id: str
     reason: str
+    is_final: bool = True
 
 
 def accept_all(request: VideoRequest) -> bool:

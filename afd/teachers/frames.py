@@ -49,9 +49,8 @@ def encode_frame_folder(folder: Path, *, fps: float, max_bytes: int) -> bytes:
                     stream.height, stream.width, stream.pix_fmt = size[0], size[1], "bgr0"
                 if picture.shape != size:
                     raise ValueError(f"{folder.name}/{file.name}: frames must be {size}, got {picture.shape}")
-                container.mux(
-                    stream.encode(av.VideoFrame.from_ndarray(picture, format="bgr24").reformat(format="bgr0"))
-                )
+                image = av.VideoFrame.from_ndarray(picture.astype(np.uint8, copy=False), format="bgr24")
+                container.mux(stream.encode(image.reformat(format="bgr0")))
                 if path.stat().st_size > max_bytes:
                     raise ValueError(f"{folder.name}: packed frames must be at most {max_bytes} bytes")
             container.mux(stream.encode())
