@@ -1,0 +1,104 @@
+"""Counted FLOPs and parameters of the real models equal the planner's, to the last one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from afd.config import DiscriminatorShape, LoRASection, StudentShape
+from afd.models.discriminator import LatentDiscriminator
+from afd.models.lora import add_lora
+from afd.models.student import CausalStudent
+from afd.planning.operations import discriminator_pass, forward_flops, rollout_passes, student_pass, training_flops
+from afd.planning.parameters import count_discriminator, count_student
+from afd.planning.shapes import WAN_SHAPES
+from afd.rollout import rollout
+
+SHAPE = StudentShape(
+    in_channels=4, out_channels=4, patch_size=(1, 2, 2), num_layers=2, num_heads=2, head_dim=12, ffn_dim=56,
+    freq_dim=16, text_len=5, text_dim=10, chunk_frames=2,
+)  # fmt: skip
+LATENTS = (4, 6, 4, 6)
+LORA = LoRASection(rank=3, alpha=3)
+# torch counts every attention kernel except the CPU's, with these very formulas.
+CPU_ATTENTION: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+def counted(run: Any) -> int:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, *LATENTS), torch.rand(batch, LATENTS[1]), torch.randn(batch, 5, 10)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("lora", [None, LORA, LoRASection(rank=2, targets=("attn1.to_q", "ffn.net.2"))])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"first_chunk_frames": 1, "chunk_frames": 5},
+        {"window_frames": 4, "sink_frames": 1, "cross_attn_norm": False},
+    ],
+)
+def test_student_flops_equal_a_counted_forward_and_backward(
+    changes: dict[str, Any], lora: LoRASection | None, checkpointed: bool
+) -> None:
+    shape = SHAPE.model_copy(update=changes)
+    student = CausalStudent(shape)
+    if lora:
+        add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    student.gradient_checkpointing = checkpointed
+    noisy, t, prompt = inputs(3)
+    operations = student_pass(shape, LATENTS, batch=3, lora=lora)
+    with torch.no_grad():
+        assert forward_flops(operations) == counted(lambda: student(noisy, t, prompt, clean=noisy))
+    expected = counted(lambda: student(noisy, t, prompt, clean=noisy).sum().backward())
+    assert training_flops(operations, is_checkpointed=checkpointed) == expected
+    assert count_student(shape, lora).total == sum(p.numel() for p in student.parameters())
+    assert count_student(shape, lora).trained == sum(p.numel() for p in student.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("changes", [{}, {"window_frames": 3, "sink_frames": 1}])
+def test_rollout_flops_equal_a_counted_rollout(changes: dict[str, Any], lora: LoRASection | None) -> None:
+    shape = SHAPE.model_copy(update=changes)
+    student = CausalStudent(shape)
+    if lora:
+        add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    noise = torch.randn(2, 3, *LATENTS)
+    expected = counted(lambda: rollout(student, torch.randn(2, 5, 10), noise, (1.0, 0.75, 0.5)))
+    assert forward_flops(rollout_passes(shape, LATENTS, batch=2, num_times=3, lora=lora)) == expected
+
+
+def test_discriminator_flops_and_parameters_equal_the_counted_ones() -> None:
+    shape = DiscriminatorShape(
+        in_channels=4, patch_size=(3, 2, 1), num_layers=2, num_heads=2, head_dim=6, ffn_dim=20, text_dim=10
+    )
+    model = LatentDiscriminator(shape)
+    operations = discriminator_pass(shape, LATENTS, batch=3, text_len=5)
+    latents, _, prompt = inputs(3)
+    with torch.no_grad():
+        assert forward_flops(operations) == counted(lambda: model(latents, prompt))
+    expected = counted(lambda: model(latents, prompt).sum().backward())
+    assert training_flops(operations, is_checkpointed=False) == expected
+    assert count_discriminator(shape).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "total"), [("wan-1.3b", 1_418_996_800), ("wan-14b", 14_288_491_584)])
+def test_the_published_sizes_are_met(name: str, total: int) -> None:
+    shape = WAN_SHAPES[name]
+    assert count_student(shape).total == total
+    with torch.device("meta"):
+        model: nn.Module = CausalStudent(shape)
+    assert sum(p.numel() for p in model.parameters()) == total
