@@ -3,79 +3,211 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from afd.diffusion.flow_matching import add_noise, x0_from_velocity
+from afd.config import RolloutSection, StudentShape
+from afd.diffusion.flow_matching import add_noise, sampler_grid, x0_from_velocity
 from afd.distributed import seeded_generator
 from afd.models.student import CausalStudent
 
 
-def rollout_noise(keys: Sequence[Sequence[int]], num_steps: int, latents_shape: Sequence[int]) -> Tensor:
+@dataclass(frozen=True)
+class SamplerTimes:
+    """When a chunk is denoised.
+
+    Attributes:
+        times: S times in (0, 1], decreasing, of every chunk.
+        first_chunk_times: the first chunk's own times where they differ.
+        context_noise: time in [0, 1) to which a finished chunk is noised before its keys and values are cached.
+    """
+
+    times: tuple[float, ...]
+    first_chunk_times: tuple[float, ...] | None = None
+    context_noise: float = 0.0
+
+    @property
+    def num_noises(self) -> int:
+        """Noise tensors a chunk needs at most: one per step, and one to become context unless that is noiseless."""
+        return max(len(self.times), len(self.first_chunk_times or ())) + (self.context_noise > 0)
+
+    def of_chunk(self, index: int) -> tuple[float, ...]:
+        """Times of one chunk."""
+        return self.first_chunk_times if index == 0 and self.first_chunk_times else self.times
+
+    def describe(self) -> str:
+        """The times in words."""
+        text = ", ".join(f"{t:.4f}" for t in self.times)
+        if self.first_chunk_times:
+            text += "; first chunk " + ", ".join(f"{t:.4f}" for t in self.first_chunk_times)
+        return text + (f"; context at {self.context_noise:.4f}" if self.context_noise else "")
+
+
+def sampler_times(section: RolloutSection) -> SamplerTimes:
+    """The configured times.
+
+    Raises:
+        ValueError: steps are empty, not strictly decreasing, or outside (0, 1000].
+    """
+    first = section.first_chunk_steps
+    return SamplerTimes(
+        times=sampler_grid(section.steps, shift=section.shift),
+        first_chunk_times=None if first is None else sampler_grid(first, shift=section.shift),
+        context_noise=section.context_noise,
+    )
+
+
+def rollout_noise(keys: Sequence[Sequence[int]], num_noises: int, latents_shape: Sequence[int]) -> Tensor:
     """All the noise of N rollouts, each row from its own seed, so that it does not depend on ranks or batching.
 
     Args:
         keys: N tuples of integers, e.g. (seed, step, sample id, rollout index).
-        num_steps: denoising steps S per chunk.
+        num_noises: S, `SamplerTimes.num_noises`.
         latents_shape: (C, F, H, W).
     Returns:
         [N, S, C, F, H, W] float32 on the CPU.
     """
-    rows = [torch.randn((num_steps, *latents_shape), generator=seeded_generator(*key)) for key in keys]
+    rows = [torch.randn((num_noises, *latents_shape), generator=seeded_generator(*key)) for key in keys]
     return torch.stack(rows)
 
 
-@torch.no_grad()
-def rollout(student: CausalStudent, prompt_embeds: Tensor, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Generate videos: per chunk predict x0 at each time, re-noise it with fresh noise to the next, then cache it.
+class RolloutSampler:
+    """Generates N videos chunk by chunk: predict x0 at each time, re-noise it with fresh noise to the next.
 
-    A deterministic function of the noise. The clean chunk is run once more at t = 0 to write its keys and values, which
-    is what the teacher-forcing training forward sees as context.
+    A deterministic function of the noise. Before the next chunk starts, the finished one is run once more at the
+    context's time (0 unless `context_noise`) to write its keys and values: what the teacher-forcing training forward
+    sees as context. The prompt's keys and values are computed once. With a window the memory is bounded and
+    generation may go on without end; positions keep counting, so every query sees its true distance to what is kept.
+    Source: Self-Forcing pipeline/causal_inference.py (the procedure).
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        student: CausalStudent,
+        prompt_embeds: Tensor,
+        times: SamplerTimes,
+        *,
+        latent_size: tuple[int, int],
+        num_frames: int | None = None,
+    ) -> None:
+        """Allocate the cache.
+
+        Args:
+            student: the bare module, with whole parameters.
+            prompt_embeds: [N, L, D] on the student's device.
+            times: when to denoise.
+            latent_size: (H, W).
+            num_frames: F of the whole video; None for no end, which needs the student's window.
+        Raises:
+            ValueError: the prompts do not fit, or neither a length nor a window bounds the memory.
+        """
+        self.student = student
+        self.times = times
+        self._prompt = student.prompt_keys_values(prompt_embeds)
+        device = prompt_embeds.device
+        self._cache = student.new_cache(len(prompt_embeds), num_frames, latent_size, device=device)
+        self._unwritten: tuple[Tensor, Tensor | None] | None = None  # the finished chunk and its context noise
+        self.num_chunks = 0  # chunks generated
+        self.num_frames = 0  # frames generated
+
+    @property
+    def next_chunk_frames(self) -> int:
+        """Frames K of the chunk that `next_chunk` generates."""
+        shape = self.student.shape
+        return shape.chunk_frames if self.num_chunks else shape.first_chunk_frames or shape.chunk_frames
+
+    @torch.no_grad()
+    def next_chunk(self, noise: Tensor) -> Tensor:
+        """Generate one more chunk.
+
+        Args:
+            noise: [N, S, C, K, H, W] standard normal; step s reads noise[:, s], the context noise is the last.
+        Returns:
+            x0 [N, C, K, H, W] in the noise's dtype.
+        Raises:
+            ValueError: too little noise, another chunk length, or the video is over.
+        """
+        length, start = self.next_chunk_frames, self.num_frames
+        if noise.ndim != 6 or noise.shape[1] < self.times.num_noises or noise.shape[3] != length:
+            raise ValueError(
+                f"noise must be [N, {self.times.num_noises}, C, {length}, H, W] for this chunk, got {list(noise.shape)}"
+            )
+        self._write_context()
+        self._cache.begin_chunk(length)
+        times = self.times.of_chunk(self.num_chunks)
+        t = _times_like(noise, length)
+        x_t = x0 = noise[:, 0]
+        for step, time in enumerate(times):
+            v = self.student.forward_chunk(x_t, t.fill_(time), self._prompt, self._cache, frame_offset=start)
+            x0 = x0_from_velocity(x_t, v, t)
+            if step + 1 < len(times):
+                x_t = add_noise(x0, noise[:, step + 1], t.fill_(times[step + 1]))
+        context_noise = noise[:, self.times.num_noises - 1] if self.times.context_noise else None
+        self._unwritten = (x0, context_noise)
+        self.num_chunks += 1
+        self.num_frames += length
+        return x0
+
+    @torch.no_grad()
+    def set_prompt(self, prompt_embeds: Tensor) -> None:
+        """Go on with other prompts [N, L, D]; what has been generated stays context, written under its own prompt."""
+        self._write_context()
+        self._prompt = self.student.prompt_keys_values(prompt_embeds)
+
+    def _write_context(self) -> None:
+        """Overwrite the last chunk's noisy keys and values by those of the finished chunk."""
+        if self._unwritten is None:
+            return
+        x0, eps = self._unwritten
+        t = _times_like(x0, x0.shape[2]).fill_(self.times.context_noise)
+        x_t = x0 if eps is None else add_noise(x0, eps, t)
+        start = self.num_frames - x0.shape[2]
+        self.student.forward_chunk(x_t, t, self._prompt, self._cache, frame_offset=start)
+        self._unwritten = None
+
+
+def _times_like(latents: Tensor, num_frames: int) -> Tensor:
+    """Uninitialised times [N, frames], at least float32."""
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    return latents.new_empty(latents.shape[0], num_frames, dtype=dtype)
+
+
+def rollout(student: CausalStudent, prompt_embeds: Tensor, noise: Tensor, times: SamplerTimes) -> Tensor:
+    """Generate whole videos; see `RolloutSampler`.
 
     Args:
         student: the bare module, with whole parameters.
         prompt_embeds: [N, L, D].
-        noise: [N, S, C, F, H, W]; step s of a chunk reads noise[:, s, :, frames of the chunk].
-        times: S times in (0, 1], decreasing.
+        noise: [N, S, C, F, H, W]; a chunk reads noise[:, :, :, its frames].
+        times: when to denoise; S = times.num_noises.
     Returns:
         [N, C, F, H, W] latents in the noise's dtype.
     Raises:
-        ValueError: noise and times disagree.
-    Source: Self-Forcing pipeline/causal_inference.py (the procedure).
+        ValueError: noise and times disagree, or the video does not divide into chunks.
     """
-    if noise.ndim != 6 or noise.shape[1] != len(times):
-        raise ValueError(f"noise must be [N, {len(times)}, C, F, H, W] for {len(times)} times, got {list(noise.shape)}")
-    n, _, channels, num_frames, height, width = noise.shape
-    latents = noise.new_zeros(n, channels, num_frames, height, width)
-    cache = student.new_cache(latents.shape, device=noise.device, dtype=noise.dtype)
-    prompt = student.prompt_keys_values(prompt_embeds)
-    for start, end in chunk_spans(student, num_frames):
-        cache.begin_chunk(end - start)
-        eps = noise[:, :, :, start:end]  # [N, S, C, K, H, W]
-        t = noise.new_empty(n, end - start)
-        x_t = x0 = eps[:, 0]
-        for step, time in enumerate(times):
-            v = student.forward_chunk(x_t, t.fill_(time), prompt, cache, frame_offset=start)
-            x0 = x0_from_velocity(x_t, v, t)
-            if step + 1 < len(times):
-                x_t = add_noise(x0, eps[:, step + 1], t.fill_(times[step + 1]))
-        latents[:, :, start:end] = x0
-        if end < num_frames:
-            student.forward_chunk(x0, t.zero_(), prompt, cache, frame_offset=start)
-    return latents
+    if noise.ndim != 6 or noise.shape[1] != times.num_noises:
+        raise ValueError(
+            f"noise must be [N, {times.num_noises}, C, F, H, W] for {times.describe()}, got {list(noise.shape)}"
+        )
+    num_frames, height, width = noise.shape[3:]
+    spans = chunk_spans(student.shape, num_frames)
+    sampler = RolloutSampler(student, prompt_embeds, times, latent_size=(height, width), num_frames=num_frames)
+    return torch.cat([sampler.next_chunk(noise[:, :, :, start:end]) for start, end in spans], dim=2)
 
 
-def chunk_spans(student: CausalStudent, num_frames: int) -> list[tuple[int, int]]:
+def chunk_spans(shape: StudentShape, num_frames: int) -> list[tuple[int, int]]:
     """Frames [start, end) of every chunk.
 
     Raises:
         ValueError: the video does not divide into the student's chunks.
     """
-    first = student.shape.first_chunk_frames or student.shape.chunk_frames
-    if num_frames < first or (num_frames - first) % student.shape.chunk_frames:
+    first = shape.first_chunk_frames or shape.chunk_frames
+    if num_frames < first or (num_frames - first) % shape.chunk_frames:
         raise ValueError(
-            f"num_frames must be {first} + a multiple of chunk_frames = {student.shape.chunk_frames}, got {num_frames}"
+            f"num_frames must be {first} + a multiple of chunk_frames = {shape.chunk_frames}, got {num_frames}"
         )
-    starts = [0, *range(first, num_frames, student.shape.chunk_frames)]
+    starts = [0, *range(first, num_frames, shape.chunk_frames)]
     return list(zip(starts, [*starts[1:], num_frames], strict=True))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from afd.config import RunConfig
 from afd.data.video import encode_video
-from afd.diffusion.flow_matching import sampler_grid
 from afd.models.encoders import latent_shape, load_codec, load_text_encoder
 from afd.models.student import CausalStudent
-from afd.rollout import rollout, rollout_noise
+from afd.rollout import rollout, rollout_noise, sampler_times
 
 
 def sample_video(
@@ -28,7 +27,7 @@ def sample_video(
         ValueError: the text encoder does not know a word of the prompt.
     """
     embeds = load_text_encoder(config.encoders).encode([prompt])
-    times = sampler_grid(config.rollout.steps, shift=config.rollout.shift)
-    noise = rollout_noise([(seed,)], len(times), latent_shape(config.encoders, config.video))
+    times = sampler_times(config.rollout)
+    noise = rollout_noise([(seed,)], times.num_noises, latent_shape(config.encoders, config.video))
     video = load_codec(config.encoders).decode(rollout(student, embeds, noise, times))
     encode_video(video[0].numpy(), out, fps=config.video.fps, scale=scale)

@@ -57,10 +57,12 @@ class NoisedStates:
         x_t: [N, C, F, H, W], noised videos.
         v_target: [N, C, F, H, W], eps - x0.
         t: [N, F] in [0, 1], constant within a chunk.
-        clean: [N, C, F, H, W], the videos themselves: the context of later chunks.
+        clean: [N, C, F, H, W], the context of later chunks: the videos themselves, noised to `context_noise`.
+        context_noise: time of `clean`.
     """
 
     x_t: Tensor
     v_target: Tensor
     t: Tensor
     clean: Tensor
+    context_noise: float = 0.0

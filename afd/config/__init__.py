@@ -15,7 +15,7 @@ from pydantic import Field
 from afd.config.discriminator import DiscriminatorSection, DiscriminatorShape
 from afd.config.section import NonNegative, Positive, Section
 from afd.config.sources import FolderSection, HttpSection, LiveSection, PipelineSection
-from afd.config.student import LoRASection, PretrainSection, StudentSection, StudentShape
+from afd.config.student import LoRASection, PretrainSection, StudentSection, StudentShape, configured_shape
 from afd.config.teacher import DataSection, EncodersSection, PhysicsConstants, TeacherSection, VideoSection
 from afd.config.training import (
     AveragesSection,
@@ -52,6 +52,7 @@ __all__ = [
     "TeacherSection",
     "TrackingSection",
     "VideoSection",
+    "configured_shape",
 ]
 
 

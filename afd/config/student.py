@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -105,10 +105,46 @@ class LoRASection(Section):
 
 
 class StudentSection(Section):
-    """Where the student comes from and how it is trained; its dimensions come from the file."""
+    """Where the student comes from and how it is trained.
+
+    Its dimensions come from the file. What is written here must agree with the file, except how it attends
+    (`chunk_frames`, `first_chunk_frames`, `window_frames`, `sink_frames`): that is the run's choice.
+    """
 
     init_from: Path | None = None
     """Student weights (safetensors with its shape); default the base student shipped with the quick start."""
+    in_channels: Positive | None = None
+    """Latent channels C the model reads."""
+    out_channels: Positive | None = None
+    """Latent channels C the model predicts."""
+    patch_size: tuple[Positive, Positive, Positive] | None = None
+    """Latent frames, rows and columns per token."""
+    num_layers: Positive | None = None
+    """Transformer blocks."""
+    num_heads: Positive | None = None
+    """Attention heads; tensor shapes do not tell."""
+    head_dim: Positive | None = None
+    """Width of a head."""
+    ffn_dim: Positive | None = None
+    """Hidden width of the feed-forward."""
+    freq_dim: Positive | None = None
+    """Width of the sinusoidal time embedding."""
+    text_len: Positive | None = None
+    """Text tokens L; tensor shapes do not tell."""
+    text_dim: Positive | None = None
+    """Text width D."""
+    cross_attn_norm: bool | None = None
+    """Affine LayerNorm before cross-attention."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of every normalisation."""
+    chunk_frames: Positive | None = None
+    """Latent frames K generated at once."""
+    first_chunk_frames: Positive | None = None
+    """Frames of the first chunk when it differs (1 for image-to-video)."""
+    window_frames: Positive | None = None
+    """Frames a query may see, ending with its own chunk; set it for rollouts without end."""
+    sink_frames: NonNegative | None = None
+    """First frames of the video, always visible, on top of the window."""
     lora: LoRASection = LoRASection()
     """Adapters; rank 0 is full fine-tuning."""
     lr_schedule: LRSchedule = LRSchedule()
@@ -117,3 +153,25 @@ class StudentSection(Section):
     """Recompute each block in the backward pass."""
     attention_impl: str | None = None
     """Implementation of block-causal attention; None picks by device."""
+
+    @property
+    def given_shape(self) -> dict[str, Any]:
+        """The dimensions written in this section, by `StudentShape`'s names."""
+        written = {name: getattr(self, name) for name in StudentShape.model_fields if name != "attention_impl"}
+        return {name: value for name, value in written.items() if value is not None}
+
+
+_RUNS_CHOICE = frozenset({"chunk_frames", "first_chunk_frames", "window_frames", "sink_frames"})
+
+
+def configured_shape(shape: StudentShape, section: StudentSection) -> StudentShape:
+    """A file's dimensions with the run's own choice of chunks, window and sink.
+
+    Raises:
+        ValueError: the section contradicts the file about something that its weights were made for.
+    """
+    given = section.given_shape
+    for name, value in given.items():
+        if name not in _RUNS_CHOICE and value != getattr(shape, name):
+            raise ValueError(f"student.{name} must be {getattr(shape, name)}, as in the student's file, got {value}")
+    return StudentShape(**shape.model_dump() | {name: given[name] for name in given if name in _RUNS_CHOICE})

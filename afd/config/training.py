@@ -26,8 +26,12 @@ class RolloutSection(Section):
 
     steps: tuple[Positive, ...] = (1000, 500)
     """Denoising steps of 1000 per chunk, decreasing; warped by `shift`."""
+    first_chunk_steps: tuple[Positive, ...] | None = None
+    """Denoising steps of the first chunk where they differ: it has no context to lean on and sets the scene."""
     shift: Annotated[float, Field(gt=0)] = 3.0
     """Time shift of the sampler's grid."""
+    context_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Time t at which finished chunks become context: they are noised to it afresh, in rollouts and in training."""
     group_size: Positive = 4
     """Rollouts G per prompt; the prompts per step are the JSON's train_batch_size / G."""
     policy: Literal["current", "ema"] = "ema"

@@ -56,29 +56,37 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def chunk_times(
-    uniforms: Tensor, *, num_frames: int, chunk_frames: int, sampling: TimeSampling, grid: Sequence[float], shift: float
+    uniforms: Tensor,
+    *,
+    chunk_lengths: Sequence[int],
+    sampling: TimeSampling,
+    grid: Sequence[float],
+    shift: float,
+    first_grid: Sequence[float] | None = None,
 ) -> Tensor:
     """One time per chunk from uniform random numbers, repeated over the chunk's frames.
 
     Args:
-        uniforms: [N, F / K] in [0, 1).
-        num_frames: F; divisible by K = chunk_frames.
+        uniforms: [N, chunks] in [0, 1).
+        chunk_lengths: frames of each chunk; they add up to F.
         sampling: "grid" draws from the sampler's own times, "uniform" and "logit_normal" draw t and warp it by shift.
         grid: the sampler's times, read for "grid".
         shift: time shift, read for the other two.
+        first_grid: the first chunk's own times where they differ, read for "grid".
     Returns:
         [N, F] float32 in [0, 1].
     Raises:
-        ValueError: the number of uniforms is not N x F / K, or the sampling is unknown.
+        ValueError: the number of uniforms is not N x chunks, or the sampling is unknown.
     """
-    if uniforms.ndim != 2 or uniforms.shape[1] * chunk_frames != num_frames:
+    if uniforms.ndim != 2 or uniforms.shape[1] != len(chunk_lengths):
         raise ValueError(
-            f"uniforms must be [N, {num_frames // chunk_frames}] for {num_frames} frames in chunks of {chunk_frames}, "
+            f"uniforms must be [N, {len(chunk_lengths)}] for chunks of {list(chunk_lengths)} frames, "
             f"got {list(uniforms.shape)}"
         )
     if sampling == "grid":
-        choices = torch.tensor(list(grid), dtype=torch.float32, device=uniforms.device)
-        t = choices[(uniforms * len(choices)).long().clamp_max(len(choices) - 1)]
+        t = _pick(uniforms, grid)
+        if first_grid is not None:
+            t[:, :1] = _pick(uniforms[:, :1], first_grid)
     elif sampling == "uniform":
         t = shift_time(uniforms.float(), shift)
     elif sampling == "logit_normal":
@@ -86,4 +94,10 @@ def chunk_times(
         t = shift_time(torch.sigmoid(normal).float(), shift)
     else:
         raise ValueError(f"time sampling must be grid, uniform or logit_normal, got {sampling!r}")
-    return t.repeat_interleave(chunk_frames, dim=1)
+    return t.repeat_interleave(torch.tensor(list(chunk_lengths), device=t.device), dim=1)
+
+
+def _pick(uniforms: Tensor, grid: Sequence[float]) -> Tensor:
+    """Equally likely times of a grid, float32."""
+    choices = torch.tensor(list(grid), dtype=torch.float32, device=uniforms.device)
+    return choices[(uniforms * len(choices)).long().clamp_max(len(choices) - 1)]

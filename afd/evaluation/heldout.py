@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from afd.config import RunConfig
-from afd.diffusion.flow_matching import sampler_grid
 from afd.distributed import World, gather_objects
 from afd.evaluation.physics import measure, summarise
 from afd.models.encoders import VideoCodec
 from afd.models.student import CausalStudent
-from afd.rollout import rollout, rollout_noise
+from afd.rollout import rollout, rollout_noise, sampler_times
 from afd.types import VideoBatch
 
 _EVALUATION_STREAM = 101
@@ -41,13 +40,12 @@ class HeldoutEvaluator:
 
     def sample(self, student: CausalStudent, rows: list[tuple[int, int]]) -> Tensor:
         """Latents [len(rows), C, F, H, W] of (prompt row, seed) pairs; seeds are shared by all models."""
-        section = self.config.rollout
-        times = sampler_grid(section.steps, shift=section.shift)
+        times = sampler_times(self.config.rollout)
         parts = []
         for start in range(0, len(rows), _BATCH):
             part = rows[start : start + _BATCH]
             keys = [(_EVALUATION_STREAM, int(self.batch.sample_ids[row]), seed) for row, seed in part]
-            noise = rollout_noise(keys, len(times), self.batch.latents.shape[1:]).to(self.batch.latents)
+            noise = rollout_noise(keys, times.num_noises, self.batch.latents.shape[1:]).to(self.batch.latents)
             embeds = self.batch.prompt_embeds[[row for row, _ in part]]
             parts.append(rollout(student, embeds, noise, times))
         return torch.cat(parts)

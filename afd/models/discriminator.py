@@ -53,7 +53,7 @@ class LatentDiscriminator(nn.Module):
         """Score clips.
 
         Args:
-            latents: [N, C, F, H, W]; F, H, W divisible by patch_size.
+            latents: [N, C, F, H, W], any dtype: cast to the weights'; F, H, W divisible by patch_size.
             prompt_embeds: [N, L, D].
         Returns:
             scores [N] float32; 0 for every clip before the first update.
@@ -72,10 +72,11 @@ class LatentDiscriminator(nn.Module):
                 f"got {list(latents.shape)}"
             )
         frames, rows, columns = (size // p for size, p in zip(sizes, patch, strict=True))
-        x = self.patch_embedding(latents).flatten(2).transpose(1, 2)
+        dtype = self.head.weight.dtype
+        x = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2)
         rope = rope_3d_table(frames, rows, columns, self.shape.head_dim, device=x.device)
         layout = BlockCausalLayout(num_frames=frames, tokens_per_frame=rows * columns, chunk_frames=frames)
-        prompt = self.text_embedding(prompt_embeds)
+        prompt = self.text_embedding(prompt_embeds.to(dtype))
         for block in self.blocks:
             x = block(x, prompt, rope, layout)
         return self.head(self.norm_out(x.mean(dim=1))).squeeze(-1).float()

@@ -1,8 +1,9 @@
 """Keys and values of the frames already generated, for chunk-by-chunk rollouts.
 
-One buffer per layer, allocated once: `[kept frames | current chunk]`. The current chunk's slot is overwritten at every
-denoising step and becomes permanent with the clean pass, so attention always reads one contiguous prefix: no mask, no
-concatenation, no host synchronisation (all bookkeeping is in Python integers).
+One buffer, allocated once: `[sink | ring]`. The first frames of the video stay in the sink, all others go round the
+ring, each new chunk over the oldest frames, which it may not see any more. Attention does not mind the order of its
+keys (they are stored after RoPE), so it always reads one contiguous prefix: no mask, no concatenation, no shifting of
+old frames, no host synchronisation (all bookkeeping is in Python integers).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ class KVCache:
     """Per-layer key/value buffers with a local window and sink frames.
 
     `window_frames` counts the frames a query may see, ending with the last frame of its own chunk; the first
-    `sink_frames` frames of the video come on top. Keys are stored after RoPE.
+    `sink_frames` frames of the video come on top.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class KVCache:
         num_layers: int,
         shape: tuple[int, int, int],
         tokens_per_frame: int,
-        num_frames: int,
+        num_frames: int | None,
         window_frames: int | None = None,
         sink_frames: int = 0,
         device: torch.device | str = "cpu",
@@ -36,22 +37,28 @@ class KVCache:
             num_layers: transformer blocks.
             shape: (N, heads, head_dim).
             tokens_per_frame: H W / (patch height x patch width).
-            num_frames: frames of the whole video; only the window and the sink are kept when `window_frames` is set.
+            num_frames: frames of the whole video; None for a video without end, which needs a window.
             window_frames: see the class; None keeps everything.
             sink_frames: see the class.
             device: of the buffers.
             dtype: of the buffers.
+        Raises:
+            ValueError: neither a length nor a window bounds the memory.
         """
+        if num_frames is None and window_frames is None:
+            raise ValueError("a video without end needs student.window_frames to bound the cache, got none")
         batch, heads, head_dim = shape
-        capacity = num_frames if window_frames is None else min(num_frames, window_frames + sink_frames)
+        bounds = [] if num_frames is None else [num_frames]
+        bounds += [] if window_frames is None else [window_frames + sink_frames]
+        self._capacity = min(bounds)
         self._tokens_per_frame = tokens_per_frame
         self._window_frames = window_frames
         self._sink_frames = sink_frames
-        self._capacity = capacity
-        size = (num_layers, 2, batch, heads, capacity * tokens_per_frame, head_dim)
+        size = (num_layers, 2, batch, heads, self._capacity * tokens_per_frame, head_dim)
         self._buffer = torch.zeros(size, device=device, dtype=dtype)
-        self._kept = 0  # frames before the current chunk's slot
-        self._current = 0  # frames of the current chunk
+        self._end = 0  # frames begun so far
+        self._runs: list[tuple[slice, slice]] = []  # tokens of the current chunk, and where they are kept
+        self._visible = 0  # tokens of the prefix that the current chunk sees
 
     @property
     def num_bytes(self) -> int:
@@ -59,25 +66,38 @@ class KVCache:
         return self._buffer.numel() * self._buffer.element_size()
 
     def begin_chunk(self, num_frames: int) -> None:
-        """Make the previous chunk permanent, evict what the next one may not see, open a slot of `num_frames`.
+        """Make the previous chunk permanent and give the next one the slots of what it may not see any more.
 
         Raises:
             ValueError: the chunk does not fit in the window or in the video.
         """
+        start, end, per = self._end, self._end + num_frames, self._tokens_per_frame
         if self._window_frames is not None and num_frames > self._window_frames:
             raise ValueError(f"a chunk of {num_frames} frames does not fit in a window of {self._window_frames}")
-        self._kept += self._current
-        if self._window_frames is not None:
-            sink = min(self._sink_frames, self._kept)
-            recent = min(self._window_frames - num_frames, self._kept - sink)
-            if sink + recent < self._kept:
-                start, end, per = self._kept - recent, self._kept, self._tokens_per_frame
-                tail = self._buffer[..., start * per : end * per, :].clone()
-                self._buffer[..., sink * per : (sink + recent) * per, :] = tail
-                self._kept = sink + recent
-        if self._kept + num_frames > self._capacity:
-            raise ValueError(f"the cache holds {self._capacity} frames, got {self._kept} + {num_frames}")
-        self._current = num_frames
+        if self._window_frames is None and end > self._capacity:
+            raise ValueError(f"the cache holds {self._capacity} frames, got {start} + {num_frames}")
+        self._runs = []
+        for source, target, length in self._slots(start, end):
+            self._runs.append(
+                (slice(source * per, (source + length) * per), slice(target * per, (target + length) * per))
+            )
+        self._visible = min(end, self._capacity) * per
+        self._end = end
+
+    def _slots(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Runs (first frame within the chunk, slot, frames) of contiguous slots for the video's frames [start, end)."""
+        sink, runs, frame = self._sink_frames, [], start
+        while frame < end:
+            if frame < sink:
+                slot, room = frame, min(sink, self._capacity) - frame
+            else:
+                ring = self._capacity - sink
+                slot = sink + (frame - sink) % ring
+                room = self._capacity - slot
+            length = min(room, end - frame)
+            runs.append((frame - start, slot, length))
+            frame += length
+        return runs
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the current chunk's keys and values, return everything it may see, itself included.
@@ -87,10 +107,11 @@ class KVCache:
             k: [N, heads, K * tokens_per_frame, head_dim], after RoPE.
             v: same shape.
         Returns:
-            keys and values [N, heads, visible tokens, head_dim], views of the buffer.
+            keys and values [N, heads, visible tokens, head_dim], views of the buffer; once the ring is full their
+            order is not the video's.
         """
-        start = self._kept * self._tokens_per_frame
-        end = start + self._current * self._tokens_per_frame
-        self._buffer[layer, 0, :, :, start:end] = k
-        self._buffer[layer, 1, :, :, start:end] = v
-        return self._buffer[layer, 0, :, :, :end], self._buffer[layer, 1, :, :, :end]
+        keys, values = self._buffer[layer, 0], self._buffer[layer, 1]
+        for source, target in self._runs:
+            keys[:, :, target] = k[:, :, source]
+            values[:, :, target] = v[:, :, source]
+        return keys[:, :, : self._visible], values[:, :, : self._visible]

@@ -121,7 +121,7 @@ class CausalBlock(nn.Module):
         return gated_residual(x, self.ffn(adaln_modulate(x, shift2, scale2, eps=self.eps)), gate2)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _rope(
     num_frames: int, height: int, width: int, head_dim: int, offset: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -145,28 +145,42 @@ class CausalStudent(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, shape.dim) / shape.dim**0.5)
         self.proj_out = nn.Linear(shape.dim, shape.out_channels * patch[0] * patch[1] * patch[2])
 
-    def forward(self, noisy: Tensor, t: Tensor, prompt_embeds: Tensor, *, clean: Tensor | None = None) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are held in, and what everything but latents, times and velocities is computed in."""
+        return self.patch_embedding.weight.dtype
+
+    def forward(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        prompt_embeds: Tensor,
+        *,
+        clean: Tensor | None = None,
+        context_noise: float = 0.0,
+    ) -> Tensor:
         """Velocity of every chunk of a video in one pass.
 
         Args:
-            noisy: [N, C, F, H, W], noised latents.
+            noisy: [N, C, F, H, W], noised latents, any dtype: cast to the weights' inside.
             t: [N, F] in [0, 1].
             prompt_embeds: [N, L, D], L <= text_len; zero-padded to text_len.
             clean: [N, C, F, H, W]: with it, each noisy chunk is conditioned on the clean chunks before it (the
                 teacher-forcing layout `[clean | noisy]`, what cached rollouts compute); without it, block-causal.
+            context_noise: time of `clean`; above 0 it has been noised to it.
         Returns:
-            velocity [N, C, F, H, W].
+            velocity [N, C, F, H, W] in noisy's dtype.
         Raises:
             ValueError: shapes disagree with the model or with each other.
         """
         self._check(noisy, t, clean)
         n, _, frames, height, width = noisy.shape
         grid = (frames, height // self.shape.patch_size[1], width // self.shape.patch_size[2])
-        rope = _rope(*grid, self.shape.head_dim, 0, noisy.device, noisy.dtype)
+        rope = _rope(*grid, self.shape.head_dim, 0, noisy.device, self.dtype)
         x = self._patchify(noisy)  # [N, F * tokens_per_frame, dim]
         if clean is not None:
             x = torch.cat([self._patchify(clean), x], dim=1)
-            t = torch.cat([torch.zeros_like(t), t], dim=1)  # [N, 2 F]
+            t = torch.cat([torch.full_like(t, context_noise), t], dim=1)  # [N, 2 F]
             rope = (rope[0].repeat(2, 1), rope[1].repeat(2, 1))
         layout = BlockCausalLayout(
             num_frames=frames,
@@ -189,7 +203,7 @@ class CausalStudent(nn.Module):
         if clean is not None:
             x, time = x[:, x.shape[1] // 2 :], time[:, frames:]
         assert isinstance(x, Tensor)
-        return self._head(x, time, n, grid)
+        return self._head(x, time, n, grid).to(noisy.dtype)
 
     def forward_chunk(
         self, noisy: Tensor, t: Tensor, prompt: PromptKeysValues, cache: KVCache, *, frame_offset: int
@@ -203,16 +217,16 @@ class CausalStudent(nn.Module):
             cache: its current slot is written.
             frame_offset: index of the chunk's first frame in the video.
         Returns:
-            velocity [N, C, K, H, W].
+            velocity [N, C, K, H, W] in noisy's dtype.
         """
         n, _, frames, height, width = noisy.shape
         grid = (frames, height // self.shape.patch_size[1], width // self.shape.patch_size[2])
-        rope = _rope(*grid, self.shape.head_dim, frame_offset, noisy.device, noisy.dtype)
+        rope = _rope(*grid, self.shape.head_dim, frame_offset, noisy.device, self.dtype)
         x = self._patchify(noisy)
         time, modulation = self.condition_embedder(t)
         for index, block in enumerate(self.blocks):
             x = block(x, modulation, prompt[index], rope, None, (cache, index), self.shape.attention_impl)
-        return self._head(x, time, n, grid)
+        return self._head(x, time, n, grid).to(noisy.dtype)
 
     def prompt_keys_values(self, prompt_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Cross-attention keys and values of every block for prompts [N, L, D]; computed once per rollout.
@@ -223,19 +237,22 @@ class CausalStudent(nn.Module):
         prompt = self._embed_prompt(prompt_embeds)
         return [block.attn2.prompt_keys_values(prompt) for block in self.blocks if isinstance(block, CausalBlock)]
 
-    def new_cache(self, latents_shape: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> KVCache:
-        """A KV cache for videos of shape [N, C, F, H, W]."""
-        n, _, frames, height, width = latents_shape
+    def new_cache(self, batch: int, num_frames: int | None, size: tuple[int, int], *, device: torch.device) -> KVCache:
+        """A KV cache for `batch` videos of latent height and width `size`; without an end when num_frames is None.
+
+        Raises:
+            ValueError: neither an end nor a window bounds the memory.
+        """
         shape = self.shape
         return KVCache(
             num_layers=shape.num_layers,
-            shape=(n, shape.num_heads, shape.head_dim),
-            tokens_per_frame=(height // shape.patch_size[1]) * (width // shape.patch_size[2]),
-            num_frames=frames,
+            shape=(batch, shape.num_heads, shape.head_dim),
+            tokens_per_frame=(size[0] // shape.patch_size[1]) * (size[1] // shape.patch_size[2]),
+            num_frames=num_frames,
             window_frames=shape.window_frames,
             sink_frames=shape.sink_frames,
             device=device,
-            dtype=dtype,
+            dtype=self.dtype,
         )
 
     def _embed_prompt(self, prompt_embeds: Tensor) -> Tensor:
@@ -243,10 +260,10 @@ class CausalStudent(nn.Module):
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[1] > length or prompt_embeds.shape[2] != width:
             raise ValueError(f"prompt_embeds must be [N, up to {length}, {width}], got {list(prompt_embeds.shape)}")
         missing = length - prompt_embeds.shape[1]
-        return self.condition_embedder.text_embedder(F.pad(prompt_embeds, (0, 0, 0, missing)))
+        return self.condition_embedder.text_embedder(F.pad(prompt_embeds.to(self.dtype), (0, 0, 0, missing)))
 
     def _patchify(self, latents: Tensor) -> Tensor:
-        return self.patch_embedding(latents).flatten(2).transpose(1, 2)
+        return self.patch_embedding(latents.to(self.dtype)).flatten(2).transpose(1, 2)
 
     def _head(self, x: Tensor, time: Tensor, n: int, grid: tuple[int, int, int]) -> Tensor:
         """Tokens [N, F * tokens_per_frame, dim] to a velocity [N, C, F, H, W]."""

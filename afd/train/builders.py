@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from afd.config import AveragesSection, RunConfig
+from afd.config import AveragesSection, RunConfig, configured_shape
 from afd.distributed import World
 from afd.models.discriminator import LatentDiscriminator
 from afd.models.lora import add_lora
@@ -47,6 +47,7 @@ def build_student(config: RunConfig, plan: RunPlan) -> CausalStudent:
 
 def prepare_student(student: CausalStudent, config: RunConfig) -> CausalStudent:
     """Give a student what the run's configuration asks for beyond its weights; in place."""
+    student.shape = configured_shape(student.shape, config.student)
     if config.student.attention_impl is not None:
         student.shape = student.shape.model_copy(update={"attention_impl": config.student.attention_impl})
     lora = config.student.lora

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from afd.config import RunConfig
 from afd.diffusion.advantage import group_advantage, normalise_advantage, optimality_weight
-from afd.diffusion.flow_matching import sampler_grid
 from afd.distributed import World, gather_cat, seeded_generator
-from afd.rollout import rollout, rollout_noise
+from afd.rollout import rollout, rollout_noise, sampler_times
 from afd.train.averaging import ParameterAverage
 from afd.train.discriminator_update import score, update_discriminator
 from afd.train.engines import Engine, gathered
@@ -63,10 +62,10 @@ def sample_generators(batch: VideoBatch, group_size: int, *keys: int) -> list[to
 def roll_out(roles: Roles, batch: VideoBatch, config: RunConfig, step: int, *, world: World) -> Rollout:
     """x^S: G student samples per prompt by the configured policy, parameters gathered once, no gradient."""
     group_size, section = config.rollout.group_size, config.rollout
-    times = sampler_grid(section.steps, shift=section.shift)
+    times = sampler_times(section)
     ids = batch.sample_ids.tolist()
     keys = [(config.seed, ROLLOUT, step, i, g) for i in ids for g in range(group_size)]
-    noise = rollout_noise(keys, len(times), batch.latents.shape[1:]).to(batch.latents)
+    noise = rollout_noise(keys, times.num_noises, batch.latents.shape[1:]).to(batch.latents)
     embeds = batch.prompt_embeds.repeat_interleave(group_size, dim=0)
     micro = roles.student.train_micro_batch_size_per_gpu()
     with ExitStack() as stack:
@@ -144,13 +143,12 @@ def afd_step(
     with timer.phase("score"):
         scores = score(roles.discriminator, x_s.latents, x_s.prompt_embeds)
         w, weight_metrics = weigh(scores, config, world=world)  # (4)
-    times = sampler_grid(config.rollout.steps, shift=config.rollout.shift)
-    chunk_frames = roles.student.module.shape.chunk_frames
+    times, shape = sampler_times(config.rollout), roles.student.module.shape
     with timer.phase("update"):
         for repeat in range(nft.updates_per_rollout):
             generators = sample_generators(teacher, group_size, config.seed, FORWARD, step, repeat)
             states = make_noised_states(
-                x_s, generators, nft, grid=times, shift=config.rollout.shift, chunk_frames=chunk_frames
+                x_s, generators, nft, times=times, shift=config.rollout.shift, shape=shape
             )  # (5)
             is_lagging = config.rollout.policy == "ema"
             v_old = velocities_of(roles.student, roles.old, states, x_s.prompt_embeds) if is_lagging else None

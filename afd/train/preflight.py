@@ -13,12 +13,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from afd.config import RunConfig, StudentShape
+from afd.config import RunConfig, StudentShape, configured_shape
 from afd.config_file import ConfigError, dump_config
-from afd.diffusion.flow_matching import sampler_grid
 from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, text_encoder_folder
 from afd.models.weights import read_student_shape
 from afd.preparation import shard_folders
+from afd.rollout import SamplerTimes, chunk_spans, sampler_times
 from afd.train.ds_config import DSConfig, batch_arithmetic
 from afd.train.learning_rate import check_lr_owner
 
@@ -38,7 +38,7 @@ class RunPlan:
         rollouts: N per step over all ranks.
         prompts_per_rank: B on one rank.
         student_batch, discriminator_batch: (global, micro, accumulation).
-        times: the sampler's grid.
+        times: the sampler's grids.
     """
 
     student_path: Path
@@ -50,7 +50,7 @@ class RunPlan:
     prompts_per_rank: int
     student_batch: tuple[int, int, int]
     discriminator_batch: tuple[int, int, int]
-    times: tuple[float, ...]
+    times: SamplerTimes
 
 
 def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig, *, world_size: int) -> RunPlan:
@@ -61,10 +61,10 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     """
     path = config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
     try:
-        shape = read_student_shape(path)
+        shape = configured_shape(read_student_shape(path), config.student)
         student_batch = batch_arithmetic(ds_student, world_size)
         discriminator_batch = batch_arithmetic(ds_discriminator, world_size)
-        times = sampler_grid(config.rollout.steps, shift=config.rollout.shift)
+        times = sampler_times(config.rollout)
         latents = latent_shape(config.encoders, config.video)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -113,8 +113,6 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
         raise ConfigError(
             f"video.num_frames must be {first} + a multiple of the student's chunk {shape.chunk_frames}, got {frames}"
         )
-    if first != shape.chunk_frames:
-        raise ConfigError(f"student.first_chunk_frames must equal chunk_frames {shape.chunk_frames}, got {first}")
     discriminator = config.discriminator.shape
     if discriminator.in_channels != channels:
         raise ConfigError(f"discriminator.shape.in_channels must be {channels}, got {discriminator.in_channels}")
@@ -189,7 +187,7 @@ def _check_disk(config: RunConfig, num_parameters: int) -> None:
 def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str:
     """The text of `--dry_run`: resolved configuration, batch arithmetic, memory, and the shapes of one step."""
     (c, f, h, w), g, shape = plan.latents, config.rollout.group_size, plan.shape
-    n, chunks = plan.rollouts // plan.world_size, f // shape.chunk_frames
+    n, chunks = plan.rollouts // plan.world_size, len(chunk_spans(shape, f))
     tokens = f * (h // shape.patch_size[1]) * (w // shape.patch_size[2])
     stage = ds_student.get("zero_optimization", {}).get("stage", 0)
     mib = 2**20
@@ -205,7 +203,7 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
         * shape.dim
         * 34
         * shape.num_layers,
-        "rollouts, noise, v_old, v_ref, v*, x_t": 4 * n * c * f * h * w * (6 + len(plan.times)),
+        "rollouts, noise, v_old, v_ref, v*, x_t": 4 * n * c * f * h * w * (6 + plan.times.num_noises),
     }
     lines = ["# resolved configuration", dump_config(config).rstrip(), ""]
     lines += [
@@ -225,7 +223,7 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
         f"teacher latents x^T      [{n // g}, {c}, {f}, {h}, {w}]",
         f"prompt embeddings        [{n // g}, {shape.text_len}, {shape.text_dim}]",
         f"rollouts x^S             [{n}, {c}, {f}, {h}, {w}]   {chunks} chunks of {shape.chunk_frames} frames, times "
-        + ", ".join(f"{t:.4f}" for t in plan.times),
+        + plan.times.describe(),
         f"scores D(x, y)           [{n}]   gathered over ranks: [{plan.rollouts}]",
         f"weights w                [{n}] in [0, 1]",
         f"noised states x_t, v*    [{n}, {c}, {f}, {h}, {w}]   t [{n}, {f}]",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from afd.config import NFTSection
-from afd.diffusion.flow_matching import chunk_times
+from afd.config import NFTSection, StudentShape
+from afd.diffusion.flow_matching import add_noise, chunk_times
 from afd.distributed import all_reduce_mean
+from afd.rollout import SamplerTimes, chunk_spans
 from afd.train.averaging import ParameterAverage
 from afd.train.engines import Engine
 from afd.types import NoisedStates, Rollout
@@ -18,33 +18,37 @@ from afd_kernels import add_noise_and_target, nft_loss
 
 
 def make_noised_states(
-    rollout: Rollout, generators: list[torch.Generator], section: NFTSection, *, grid: Sequence[float], shift: float,
-    chunk_frames: int,
+    rollout: Rollout, generators: list[torch.Generator], section: NFTSection, *, times: SamplerTimes, shift: float,
+    shape: StudentShape,
 ) -> NoisedStates:  # fmt: skip
-    """The forward process on the student's own samples: one time per chunk, fresh noise.
+    """The forward process on the student's own samples: one time per chunk, fresh noise; context as in the rollout.
 
     Args:
         rollout: N clean samples.
         generators: one per row, so that a row's noise depends neither on ranks nor on batching.
         section: how times are drawn.
-        grid: the sampler's times.
+        times: the sampler's times.
         shift: the sampler's time shift.
-        chunk_frames: K.
+        shape: the student's; tells the chunks.
     """
     x0 = rollout.latents
-    num_frames = x0.shape[2]
-    uniforms = torch.stack([torch.rand(num_frames // chunk_frames, generator=g) for g in generators])
+    lengths = [end - start for start, end in chunk_spans(shape, x0.shape[2])]
+    uniforms = torch.stack([torch.rand(len(lengths), generator=g) for g in generators])
     t = chunk_times(
         uniforms,
-        num_frames=num_frames,
-        chunk_frames=chunk_frames,
+        chunk_lengths=lengths,
         sampling=section.time_sampling,
-        grid=grid,
+        grid=times.times,
+        first_grid=times.first_chunk_times,
         shift=shift,
     ).to(x0.device)  # [N, F]
     eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
     x_t, v_target = add_noise_and_target(x0, eps, t)
-    return NoisedStates(x_t=x_t, v_target=v_target, t=t, clean=x0)
+    clean = x0
+    if times.context_noise:
+        context_eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
+        clean = add_noise(x0, context_eps, torch.full_like(t, times.context_noise))
+    return NoisedStates(x_t=x_t, v_target=v_target, t=t, clean=clean, context_noise=times.context_noise)
 
 
 @torch.no_grad()
@@ -53,7 +57,8 @@ def velocities_of(
 ) -> Tensor:
     """Velocity [N, C, F, H, W] of an average (or of the student itself) in the teacher-forcing layout, no gradient."""
     with average.applied() if average is not None else nullcontext():
-        return torch.cat([engine(*part, clean=clean) for *part, clean in _micro_batches(engine, states, prompt_embeds)])
+        parts = _micro_batches(engine, states, prompt_embeds)
+        return torch.cat([engine(*part, clean=clean, context_noise=states.context_noise) for *part, clean in parts])
 
 
 def _micro_batches(
@@ -93,7 +98,7 @@ def update_student(
     totals = torch.zeros(4, device=weight.device)
     for index, (x_t, t, prompt, clean) in enumerate(_micro_batches(engine, states, prompt_embeds)):
         rows = slice(index * micro, (index + 1) * micro)
-        v = engine(x_t, t, prompt, clean=clean)
+        v = engine(x_t, t, prompt, clean=clean, context_noise=states.context_noise)
         old = None if v_old is None else v_old[rows]
         ref = None if v_ref is None else v_ref[rows]
         per_sample = nft_loss(

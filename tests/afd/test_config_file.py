@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from afd.config import RunConfig
+from afd.config import RunConfig, StudentSection, StudentShape, configured_shape
 from afd.config_file import ConfigError, dump_config, load_config
 
 
@@ -102,7 +102,7 @@ def test_deepspeeds_knobs_are_sent_to_its_json(tmp_path: Path, key: str) -> None
         ("discriminator.label_smoothing=0.5", "discriminator.label_smoothing: Input should be less than 0.5"),
         ("nft.nft_beta=.nan", "nft.nft_beta: "),
         ("rollout.steps=[1000, x]", "rollout.steps.1: Input should be a valid integer"),
-        ("rollout=4", "rollout must be a section with fields ['group_size', 'policy', 'shift', 'steps'], got 4"),
+        ("rollout=4", "rollout must be a section with fields ['context_noise', 'first_chunk_steps', 'group_size', "),
         ("rollout.group_size", "override must read section.field=value, got 'rollout.group_size'"),
         ("rollout..group_size=4", "override must read section.field=value, got 'rollout..group_size=4'"),
         ("seed.x=4", "override seed.x: 'seed' is a value, not a section"),
@@ -151,3 +151,13 @@ def test_every_field_is_documented() -> None:
         return names
 
     assert undocumented(RunConfig, "") == []
+
+
+def test_a_student_section_may_choose_how_it_attends_and_must_agree_about_the_rest() -> None:
+    shape = StudentShape(num_layers=2, chunk_frames=3)
+    section = StudentSection(num_layers=2, chunk_frames=1, window_frames=4, sink_frames=1)
+    assert configured_shape(shape, section) == shape.model_copy(
+        update={"chunk_frames": 1, "window_frames": 4, "sink_frames": 1}
+    )
+    with pytest.raises(ValueError, match=r"student\.num_heads must be 2, as in the student's file, got 3"):
+        configured_shape(shape, StudentSection(num_heads=3))

@@ -57,25 +57,33 @@ def test_times_take_the_latents_shape_and_dtype() -> None:
 def test_grid_times_are_the_samplers_own_and_equally_likely() -> None:
     grid = (1.0, 0.75, 0.5)
     uniforms = torch.tensor([[0.0, 0.34, 0.999999999], [0.33, 0.67, 0.5]])
-    t = chunk_times(uniforms, num_frames=6, chunk_frames=2, sampling="grid", grid=grid, shift=3.0)
+    t = chunk_times(uniforms, chunk_lengths=(2, 2, 2), sampling="grid", grid=grid, shift=3.0)
     assert t.dtype == torch.float32
     assert t.tolist() == [[1, 1, 0.75, 0.75, 0.5, 0.5], [1, 1, 0.5, 0.5, 0.75, 0.75]]
     many = torch.rand(3000, 1, generator=torch.Generator().manual_seed(0))
-    drawn = chunk_times(many, num_frames=1, chunk_frames=1, sampling="grid", grid=grid, shift=3.0)
+    drawn = chunk_times(many, chunk_lengths=(1,), sampling="grid", grid=grid, shift=3.0)
     for time in grid:
         assert (drawn == time).float().mean().item() == pytest.approx(1 / 3, abs=0.03)
 
 
+def test_the_first_chunk_may_have_its_own_length_and_times() -> None:
+    uniforms = torch.tensor([[0.9, 0.9, 0.1]])
+    t = chunk_times(
+        uniforms, chunk_lengths=(1, 2, 2), sampling="grid", grid=(1.0, 0.5), shift=3.0, first_grid=(1.0, 0.7, 0.25)
+    )
+    assert t.tolist() == [[0.25, 0.5, 0.5, 1.0, 1.0]]
+
+
 def test_uniform_times_are_warped() -> None:
     uniforms = torch.tensor([[0.0, 0.5]])
-    t = chunk_times(uniforms, num_frames=6, chunk_frames=3, sampling="uniform", grid=(), shift=3.0)
+    t = chunk_times(uniforms, chunk_lengths=(3, 3), sampling="uniform", grid=(), shift=3.0)
     assert t.tolist() == [[0, 0, 0, 0.75, 0.75, 0.75]]
 
 
 def test_logit_normal_times_have_the_right_quantiles_and_stay_inside() -> None:
     one_sigma = 0.8413447460685429
     uniforms = torch.tensor([[0.0, 1 - one_sigma, 0.5, one_sigma, 1.0]], dtype=torch.float64)
-    (t,) = chunk_times(uniforms, num_frames=5, chunk_frames=1, sampling="logit_normal", grid=(), shift=1.0)
+    (t,) = chunk_times(uniforms, chunk_lengths=(1,) * 5, sampling="logit_normal", grid=(), shift=1.0)
     sigmoid = 1 / (1 + math.exp(-1))
     assert t[1:4].tolist() == pytest.approx([1 - sigmoid, 0.5, sigmoid], abs=1e-6)
     assert 0 < t[0] < 0.01
@@ -84,16 +92,15 @@ def test_logit_normal_times_have_the_right_quantiles_and_stay_inside() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3), (2,), (2, 2, 1)])
 def test_one_uniform_per_chunk_is_needed(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"uniforms must be \[N, 2\] for 6 frames in chunks of 3, got"):
-        chunk_times(torch.rand(shape), num_frames=6, chunk_frames=3, sampling="uniform", grid=(), shift=1.0)
+    with pytest.raises(ValueError, match=r"uniforms must be \[N, 2\] for chunks of \[3, 3\] frames, got"):
+        chunk_times(torch.rand(shape), chunk_lengths=(3, 3), sampling="uniform", grid=(), shift=1.0)
 
 
 def test_unknown_time_sampling_is_named() -> None:
     with pytest.raises(ValueError, match="must be grid, uniform or logit_normal, got 'cosine'"):
         chunk_times(
             torch.rand(1, 1),
-            num_frames=1,
-            chunk_frames=1,
+            chunk_lengths=(1,),
             sampling="cosine",  # pyright: ignore[reportArgumentType]
             grid=(),
             shift=1.0,

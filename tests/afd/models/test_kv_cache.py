@@ -25,12 +25,12 @@ def seen_frames(cache: KVCache, start: int, end: int) -> list[int]:
         keys, values = cache.put(layer, frame_numbers(start, end), -frame_numbers(start, end))
         assert torch.equal(keys, -values)
         assert torch.equal(keys[0, 0, ::TOKENS, 0], keys[0, 0, 1::TOKENS, 0])
-        seen.append(keys[0, 0, ::TOKENS, 0].int().tolist())
+        seen.append(sorted(keys[0, 0, ::TOKENS, 0].int().tolist()))
     assert seen[0] == seen[1]
     return seen[0]
 
 
-def make_cache(num_frames: int, window: int | None, sink: int) -> KVCache:
+def make_cache(num_frames: int | None, window: int | None, sink: int) -> KVCache:
     return KVCache(
         num_layers=2,
         shape=(1, 1, 1),
@@ -78,6 +78,19 @@ def test_memory_is_bounded_by_window_and_sink() -> None:
     assert make_cache(100, window=3, sink=1).num_bytes == 4 * per_frame
     assert make_cache(100, window=None, sink=1).num_bytes == 100 * per_frame
     assert make_cache(2, window=3, sink=1).num_bytes == 2 * per_frame
+
+
+def test_a_video_without_end_keeps_window_and_sink() -> None:
+    cache = make_cache(None, window=4, sink=2)
+    for start in range(0, 300, 3):
+        seen = seen_frames(cache, start, start + 3)
+    assert seen == [0, 1, 296, 297, 298, 299]
+    assert cache.num_bytes == 6 * 2 * 2 * TOKENS * 4
+
+
+def test_a_video_without_end_needs_a_window() -> None:
+    with pytest.raises(ValueError, match=r"a video without end needs student\.window_frames to bound the cache"):
+        make_cache(None, window=None, sink=2)
 
 
 def test_a_chunk_must_fit_in_the_window() -> None:

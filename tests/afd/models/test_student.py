@@ -72,7 +72,7 @@ def chunks(student: CausalStudent, num_frames: int) -> list[tuple[int, int]]:
 @torch.no_grad()
 def cached_velocities(student: CausalStudent, noisy: Tensor, t: Tensor, prompt: Tensor, clean: Tensor) -> Tensor:
     """Chunk by chunk: the noisy chunk against the cache, then the clean chunk at t = 0 written to it."""
-    cache = student.new_cache(noisy.shape, device=noisy.device, dtype=noisy.dtype)
+    cache = student.new_cache(len(noisy), noisy.shape[2], (noisy.shape[3], noisy.shape[4]), device=noisy.device)
     keys_values = student.prompt_keys_values(prompt)
     velocities = []
     for start, end in chunks(student, noisy.shape[2]):

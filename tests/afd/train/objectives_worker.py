@@ -15,7 +15,7 @@ from afd.distributed import close_world, init_world, seeded_generator
 from afd.models.discriminator import LatentDiscriminator
 from afd.models.student import CausalStudent
 from afd.models.weights import load_student
-from afd.rollout import rollout, rollout_noise
+from afd.rollout import SamplerTimes, rollout, rollout_noise, sampler_times
 from afd.train.builders import build_roles
 from afd.train.engines import consolidated_weights
 from afd.train.objectives import FORWARD, ROLLOUT, Roles, StepTimer, afd_step, sample_generators, warmup_step
@@ -119,7 +119,7 @@ def gradient_by_hand(
         return student
 
     keys = [(config.seed, ROLLOUT, step, i, k) for i in ids for k in range(g)]
-    x0 = rollout(with_weights("old"), prompt, rollout_noise(keys, len(times), SHAPE).double(), times)
+    x0 = rollout(with_weights("old"), prompt, rollout_noise(keys, len(times), SHAPE).double(), SamplerTimes(times))
     with torch.no_grad():
         scores = discriminator.double()(x0, prompt).view(-1, g)
     advantage = scores - scores.mean(dim=1, keepdim=True)
@@ -187,10 +187,10 @@ def change_at(weight: float) -> Tensor:
     clean = batch.latents.repeat_interleave(GROUP, dim=0)
     ids = torch.arange(BATCH)
     generators = sample_generators(batch, GROUP, 0)
-    grid = sampler_grid(config.rollout.steps, shift=config.rollout.shift)
     states = make_noised_states(
-        Rollout(clean, embeds, ids // GROUP, ids), generators, config.nft, grid=grid, shift=3.0, chunk_frames=3
-    )
+        Rollout(clean, embeds, ids // GROUP, ids), generators, config.nft, times=sampler_times(config.rollout),
+        shift=3.0, shape=roles.student.module.shape,
+    )  # fmt: skip
     before = flat(consolidated_weights(roles.student))
     update_student(roles.student, states, embeds, torch.full((BATCH,), weight), config.nft, v_old=None, v_ref=None)
     return flat(consolidated_weights(roles.student)) - before

@@ -75,7 +75,7 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
     assert (resolved.rollouts, resolved.prompts_per_rank, resolved.world_size) == (16, 2, 2)
     assert resolved.student_batch == (16, 4, 2)
     assert resolved.discriminator_batch == (16, 8, 1)
-    assert resolved.times == pytest.approx((1.0, 0.75))
+    assert resolved.times.times == pytest.approx((1.0, 0.75))
     assert not (tmp_path / "out").exists(), "planning must write nothing"
 
 
@@ -102,6 +102,8 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
         ),
         (["rollout.group_size=1"], {}, "rollout.group_size must be > 1 with nft.baseline = group"),
         (["rollout.steps=[500, 500]"], {}, "steps must be strictly decreasing integers"),
+        (["rollout.first_chunk_steps=[500, 500]"], {}, "steps must be strictly decreasing integers"),
+        (["student.num_layers=3"], {}, "student.num_layers must be "),
         (["video.num_frames=13"], {}, "video.num_frames must be 3 + a multiple of the student's chunk 3, got 13"),
         (["video.num_frames=2"], {}, "video.num_frames must be 3 + a multiple of the student's chunk 3, got 2"),
         (["video.height=18"], {}, "video.height and video.width must be divisible by 4 for codec dct, got 18 x 16"),
@@ -117,9 +119,9 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
         ),
         (["encoders.codec=wan_vae"], {}, "student must have in_channels = out_channels = 16"),
         (
-            ["video.num_frames=13"],
-            {"shape": {"first_chunk_frames": 1}},
-            "student.first_chunk_frames must equal chunk_frames 3, got 1",
+            ["student.first_chunk_frames=1"],
+            {},
+            "video.num_frames must be 1 + a multiple of the student's chunk 3, got 12",
         ),
         (["discriminator.shape.in_channels=16"], {}, "discriminator.shape.in_channels must be 12, got 16"),
         (
