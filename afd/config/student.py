@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from afd.config.section import Fraction, NonNegative, Positive, Section
 from afd.config.training import LRSchedule
+
+Numerics = Literal["wan", "wan_float64", "diffusers"]
 
 
 class StudentShape(Section):
@@ -46,6 +48,14 @@ class StudentShape(Section):
     """Frames a query may see, ending with its own chunk; None sees everything before."""
     sink_frames: NonNegative = 0
     """First frames of the video, always visible, on top of the window."""
+    image_dim: Positive | None = None
+    """Width of the image encoder's tokens; with it the model has an image embedder and image keys and values."""
+    image_tokens: Positive | None = None
+    """Image tokens whose positions the model knows (first-and-last-frame models); None for any number."""
+    numerics: Numerics = "wan"
+    """`wan`: the original's order of roundings, float64 time sinusoid and RoPE angles, rotation in the fused kernel's
+    float32. `wan_float64`: the rotation in float64 too, as the original does it (eager, slower). `diffusers`: float32
+    sinusoid and tables, RMSNorm rounded once: what `WanTransformer3DModel` computes."""
     attention_impl: str | None = None
     """Implementation of block-causal attention; None picks by device."""
 
@@ -54,10 +64,19 @@ class StudentShape(Section):
         """Model width: num_heads x head_dim."""
         return self.num_heads * self.head_dim
 
+    @property
+    def condition_channels(self) -> int:
+        """Input channels beyond the latents': 0, or 20 for Wan2.1 image-to-video (4 mask + 16 latent)."""
+        return self.in_channels - self.out_channels
+
     @model_validator(mode="after")
     def _consistent(self) -> StudentShape:
         if self.patch_size[0] != 1:
             raise ValueError(f"patch_size must start with 1 (frames are generated one by one), got {self.patch_size}")
+        if self.in_channels < self.out_channels:
+            raise ValueError(f"in_channels must be at least out_channels {self.out_channels}, got {self.in_channels}")
+        if self.image_tokens is not None and self.image_dim is None:
+            raise ValueError(f"image_tokens needs image_dim, got {self.image_tokens} and None")
         if self.head_dim % 2 or self.freq_dim % 2:
             raise ValueError(f"head_dim and freq_dim must be even, got {self.head_dim} and {self.freq_dim}")
         longest = max(self.chunk_frames, self.first_chunk_frames or 0)
@@ -108,7 +127,7 @@ class StudentSection(Section):
     """Where the student comes from and how it is trained.
 
     Its dimensions come from the file. What is written here must agree with the file, except how it attends
-    (`chunk_frames`, `first_chunk_frames`, `window_frames`, `sink_frames`): that is the run's choice.
+    (`chunk_frames`, `first_chunk_frames`, `window_frames`, `sink_frames`) and `numerics`: those are the run's choice.
     """
 
     init_from: Path | None = None
@@ -145,6 +164,12 @@ class StudentSection(Section):
     """Frames a query may see, ending with its own chunk; set it for rollouts without end."""
     sink_frames: NonNegative | None = None
     """First frames of the video, always visible, on top of the window."""
+    image_dim: Positive | None = None
+    """Width of the image encoder's tokens (image-to-video students)."""
+    image_tokens: Positive | None = None
+    """Image tokens whose positions the model knows (first-and-last-frame students)."""
+    numerics: Numerics | None = None
+    """Whose rounding to follow; see `StudentShape.numerics`."""
     lora: LoRASection = LoRASection()
     """Adapters; rank 0 is full fine-tuning."""
     lr_schedule: LRSchedule = LRSchedule()
@@ -161,7 +186,7 @@ class StudentSection(Section):
         return {name: value for name, value in written.items() if value is not None}
 
 
-_RUNS_CHOICE = frozenset({"chunk_frames", "first_chunk_frames", "window_frames", "sink_frames"})
+_RUNS_CHOICE = frozenset({"chunk_frames", "first_chunk_frames", "window_frames", "sink_frames", "numerics"})
 
 
 def configured_shape(shape: StudentShape, section: StudentSection) -> StudentShape:

@@ -10,75 +10,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afd.config import StudentShape
 from afd.models.attention import CausalSelfAttention, CrossAttention
+from afd.models.conditioning import ConditionEmbedder, FeedForward, ImageCondition
 from afd.models.kv_cache import KVCache
 from afd_kernels import BlockCausalLayout, adaln_modulate, gated_residual, rope_3d_table
 
-TRAIN_TIMESTEPS = 1000  # the time embedding sees 1000 t
-PromptKeysValues = Sequence[tuple[Tensor, Tensor]]
+PromptKeysValues = Sequence[tuple[Tensor, ...]]
 
 
-class _MLP(nn.Module):
-    """Linear, activation, Linear with diffusers' names linear_1 and linear_2."""
+@dataclass(frozen=True)
+class EmbeddedVideo:
+    """What the blocks and the head need of a whole video; made by `CausalStudent.embed`.
 
-    def __init__(self, dim_in: int, dim: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-        self.activation = activation
+    Attributes:
+        tokens: [N, F * tokens_per_frame, dim], or twice as many: `[clean | noisy]`.
+        time: [N, F, dim] of the noisy frames, for the head.
+        modulation: [N, F or 2 F, 6, dim], for the blocks.
+        prompt: [N, text_len (+ image tokens), dim].
+        rope: cos, sin [tokens, head_dim / 2].
+        layout: who sees whom.
+        grid: frames, rows and columns of tokens.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-class _Expand(nn.Module):
-    """Linear and tanh-GELU; diffusers calls the linear layer `proj`."""
-
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class _FeedForward(nn.Module):
-    """GELU(tanh) feed-forward with diffusers' names net.0.proj and net.2."""
-
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.net = nn.ModuleList([_Expand(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
-
-
-class _ConditionEmbedder(nn.Module):
-    """Time and text embeddings shared by all blocks."""
-
-    def __init__(self, shape: StudentShape) -> None:
-        super().__init__()
-        dim = shape.dim
-        self.freq_dim = shape.freq_dim
-        self.time_embedder = _MLP(shape.freq_dim, dim, nn.SiLU())
-        self.time_proj = nn.Linear(dim, 6 * dim)
-        self.text_embedder = _MLP(shape.text_dim, dim, nn.GELU(approximate="tanh"))
-
-    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed per-frame times t [N, F] in [0, 1]: -> [N, F, dim] and the blocks' modulation [N, F, 6, dim]."""
-        half = self.freq_dim // 2
-        powers = torch.arange(half, dtype=torch.float64, device=t.device) / half
-        angles = TRAIN_TIMESTEPS * t.double()[..., None] * torch.pow(10000.0, -powers)
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.time_proj.weight.dtype)
-        time = self.time_embedder(sinusoid)
-        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
+    tokens: Tensor
+    time: Tensor
+    modulation: Tensor
+    prompt: Tensor
+    rope: tuple[Tensor, Tensor]
+    layout: BlockCausalLayout
+    grid: tuple[int, int, int]
 
 
 class CausalBlock(nn.Module):
@@ -88,17 +55,18 @@ class CausalBlock(nn.Module):
         super().__init__()
         dim, eps = shape.dim, shape.eps
         self.eps = eps
-        self.attn1 = CausalSelfAttention(dim, shape.num_heads, eps)
-        self.attn2 = CrossAttention(dim, shape.num_heads, eps)
+        image_after = None if shape.image_dim is None else shape.text_len
+        self.attn1 = CausalSelfAttention(dim, shape.num_heads, eps, shape.numerics)
+        self.attn2 = CrossAttention(dim, shape.num_heads, eps, shape.numerics, image_after=image_after)
         self.norm2 = nn.LayerNorm(dim, eps) if shape.cross_attn_norm else nn.Identity()
-        self.ffn = _FeedForward(dim, shape.ffn_dim)
+        self.ffn = FeedForward(dim, shape.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
         self,
         x: Tensor,
         modulation: Tensor,
-        prompt: Tensor | tuple[Tensor, Tensor],
+        prompt: Tensor | tuple[Tensor, ...],
         rope: tuple[Tensor, Tensor],
         layout: BlockCausalLayout | None,
         cache: tuple[KVCache, int] | None,
@@ -125,10 +93,9 @@ class CausalBlock(nn.Module):
 def _rope(
     num_frames: int, height: int, width: int, head_dim: int, offset: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cached RoPE tables; float64 for a float64 model, float32 otherwise."""
-    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    """Cached RoPE tables."""
     with torch.inference_mode(False):
-        return rope_3d_table(num_frames, height, width, head_dim, frame_offset=offset, device=device, dtype=table_dtype)
+        return rope_3d_table(num_frames, height, width, head_dim, frame_offset=offset, device=device, dtype=dtype)
 
 
 class CausalStudent(nn.Module):
@@ -140,7 +107,7 @@ class CausalStudent(nn.Module):
         self.gradient_checkpointing = False
         patch = shape.patch_size
         self.patch_embedding = nn.Conv3d(shape.in_channels, shape.dim, kernel_size=patch, stride=patch)
-        self.condition_embedder = _ConditionEmbedder(shape)
+        self.condition_embedder = ConditionEmbedder(shape)
         self.blocks = nn.ModuleList([CausalBlock(shape) for _ in range(shape.num_layers)])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, shape.dim) / shape.dim**0.5)
         self.proj_out = nn.Linear(shape.dim, shape.out_channels * patch[0] * patch[1] * patch[2])
@@ -158,29 +125,62 @@ class CausalStudent(nn.Module):
         *,
         clean: Tensor | None = None,
         context_noise: float = 0.0,
+        image: ImageCondition | None = None,
     ) -> Tensor:
         """Velocity of every chunk of a video in one pass.
 
         Args:
-            noisy: [N, C, F, H, W], noised latents, any dtype: cast to the weights' inside.
+            noisy: [N, C, F, H, W], noised latents, any dtype: cast to the weights' inside. An image-to-video student
+                also takes them with the condition's channels behind them, [N, in_channels, F, H, W].
             t: [N, F] in [0, 1].
             prompt_embeds: [N, L, D], L <= text_len; zero-padded to text_len.
             clean: [N, C, F, H, W]: with it, each noisy chunk is conditioned on the clean chunks before it (the
                 teacher-forcing layout `[clean | noisy]`, what cached rollouts compute); without it, block-causal.
+                A video of one chunk (chunk_frames = F) without it is the full attention of a bidirectional model.
             context_noise: time of `clean`; above 0 it has been noised to it.
+            image: what an image-to-video student is given of its image.
         Returns:
             velocity [N, C, F, H, W] in noisy's dtype.
         Raises:
             ValueError: shapes disagree with the model or with each other.
         """
+        video = self.embed(noisy, t, prompt_embeds, clean=clean, context_noise=context_noise, image=image)
+        x = video.tokens
+        for block in self.blocks:
+            inputs = (x, video.modulation, video.prompt, video.rope, video.layout, None, self.shape.attention_impl)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # Reentrant: the non-reentrant form breaks with frozen weights under ZeRO-3 (DeepSpeed issue).
+                x = checkpoint(block, *inputs, use_reentrant=True)
+            else:
+                x = block(*inputs)
+        assert isinstance(x, Tensor)
+        return self.head(x, video).to(noisy.dtype)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        prompt_embeds: Tensor,
+        *,
+        clean: Tensor | None = None,
+        context_noise: float = 0.0,
+        image: ImageCondition | None = None,
+    ) -> EmbeddedVideo:
+        """Everything before the blocks; arguments as for `forward`.
+
+        Raises:
+            ValueError: shapes disagree with the model or with each other.
+        """
+        image = image or ImageCondition()
         self._check(noisy, t, clean)
-        n, _, frames, height, width = noisy.shape
-        grid = (frames, height // self.shape.patch_size[1], width // self.shape.patch_size[2])
-        rope = _rope(*grid, self.shape.head_dim, 0, noisy.device, self.dtype)
-        x = self._patchify(noisy)  # [N, F * tokens_per_frame, dim]
+        frames = noisy.shape[2]
+        grid = self._grid(noisy)
+        rope = self._rope(grid, 0, noisy)
+        x = self._patchify(self._with_condition(noisy, image))  # [N, F * tokens_per_frame, dim]
+        t_all = t
         if clean is not None:
-            x = torch.cat([self._patchify(clean), x], dim=1)
-            t = torch.cat([torch.full_like(t, context_noise), t], dim=1)  # [N, 2 F]
+            x = torch.cat([self._patchify(self._with_condition(clean, image)), x], dim=1)
+            t_all = torch.cat([torch.full_like(t, context_noise), t], dim=1)  # [N, 2 F]
             rope = (rope[0].repeat(2, 1), rope[1].repeat(2, 1))
         layout = BlockCausalLayout(
             num_frames=frames,
@@ -191,22 +191,24 @@ class CausalStudent(nn.Module):
             first_chunk_frames=self.shape.first_chunk_frames,
             teacher_forcing=clean is not None,
         )
-        time, modulation = self.condition_embedder(t)
-        prompt = self._embed_prompt(prompt_embeds)
-        for block in self.blocks:
-            inputs = (x, modulation, prompt, rope, layout, None, self.shape.attention_impl)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Reentrant: the non-reentrant form breaks with frozen weights under ZeRO-3 (DeepSpeed issue).
-                x = checkpoint(block, *inputs, use_reentrant=True)
-            else:
-                x = block(*inputs)
-        if clean is not None:
-            x, time = x[:, x.shape[1] // 2 :], time[:, frames:]
-        assert isinstance(x, Tensor)
-        return self._head(x, time, n, grid).to(noisy.dtype)
+        time, modulation = self.condition_embedder(t_all)
+        prompt = self.condition_embedder.embed_prompt(prompt_embeds, image.embeds, self.shape.text_len)
+        return EmbeddedVideo(x, time[:, -frames:], modulation, prompt, rope, layout, grid)
+
+    def head(self, x: Tensor, video: EmbeddedVideo) -> Tensor:
+        """The last block's tokens, of which the noisy half counts, to a velocity [N, C, F, H, W]."""
+        frames, rows, columns = video.grid
+        return self._head(x[:, -frames * rows * columns :], video.time, video.grid)
 
     def forward_chunk(
-        self, noisy: Tensor, t: Tensor, prompt: PromptKeysValues, cache: KVCache, *, frame_offset: int
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        prompt: PromptKeysValues,
+        cache: KVCache,
+        *,
+        frame_offset: int,
+        image: ImageCondition | None = None,
     ) -> Tensor:
         """Velocity of one chunk against the cache.
 
@@ -216,25 +218,26 @@ class CausalStudent(nn.Module):
             prompt: from `prompt_keys_values`.
             cache: its current slot is written.
             frame_offset: index of the chunk's first frame in the video.
+            image: the chunk's part (`ImageCondition.frames`) of an image-to-video student's condition.
         Returns:
             velocity [N, C, K, H, W] in noisy's dtype.
         """
-        n, _, frames, height, width = noisy.shape
-        grid = (frames, height // self.shape.patch_size[1], width // self.shape.patch_size[2])
-        rope = _rope(*grid, self.shape.head_dim, frame_offset, noisy.device, self.dtype)
-        x = self._patchify(noisy)
+        grid = self._grid(noisy)
+        rope = self._rope(grid, frame_offset, noisy)
+        x = self._patchify(self._with_condition(noisy, image or ImageCondition()))
         time, modulation = self.condition_embedder(t)
         for index, block in enumerate(self.blocks):
             x = block(x, modulation, prompt[index], rope, None, (cache, index), self.shape.attention_impl)
-        return self._head(x, time, n, grid).to(noisy.dtype)
+        return self._head(x, time, grid).to(noisy.dtype)
 
-    def prompt_keys_values(self, prompt_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def prompt_keys_values(self, prompt_embeds: Tensor, *, image: ImageCondition | None = None) -> PromptKeysValues:
         """Cross-attention keys and values of every block for prompts [N, L, D]; computed once per rollout.
 
         Raises:
-            ValueError: the prompts do not fit the model.
+            ValueError: the prompts, or the image's embeddings, do not fit the model.
         """
-        prompt = self._embed_prompt(prompt_embeds)
+        embeds = None if image is None else image.embeds
+        prompt = self.condition_embedder.embed_prompt(prompt_embeds, embeds, self.shape.text_len)
         return [block.attn2.prompt_keys_values(prompt) for block in self.blocks if isinstance(block, CausalBlock)]
 
     def new_cache(self, batch: int, num_frames: int | None, size: tuple[int, int], *, device: torch.device) -> KVCache:
@@ -255,21 +258,37 @@ class CausalStudent(nn.Module):
             dtype=self.dtype,
         )
 
-    def _embed_prompt(self, prompt_embeds: Tensor) -> Tensor:
-        length, width = self.shape.text_len, self.shape.text_dim
-        if prompt_embeds.ndim != 3 or prompt_embeds.shape[1] > length or prompt_embeds.shape[2] != width:
-            raise ValueError(f"prompt_embeds must be [N, up to {length}, {width}], got {list(prompt_embeds.shape)}")
-        missing = length - prompt_embeds.shape[1]
-        return self.condition_embedder.text_embedder(F.pad(prompt_embeds.to(self.dtype), (0, 0, 0, missing)))
+    def _grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens."""
+        frames, height, width = latents.shape[2:]
+        return frames, height // self.shape.patch_size[1], width // self.shape.patch_size[2]
+
+    def _rope(self, grid: tuple[int, int, int], offset: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables for a token grid: float64 where the numerics or the model are, else float32."""
+        is_wide = self.shape.numerics == "wan_float64" or self.dtype == torch.float64
+        dtype = torch.float64 if is_wide and self.shape.numerics != "diffusers" else torch.float32
+        return _rope(*grid, self.shape.head_dim, offset, latents.device, dtype)
+
+    def _with_condition(self, latents: Tensor, image: ImageCondition) -> Tensor:
+        """Latents [N, C, F, H, W] with the image's channels behind them: [N, in_channels, F, H, W]."""
+        wanted = self.shape.condition_channels
+        if image.latents is None and latents.shape[1] == self.shape.in_channels:
+            return latents
+        expected = [latents.shape[0], wanted, *latents.shape[2:]]
+        if image.latents is None or list(image.latents.shape) != expected or not wanted:
+            got = None if image.latents is None else list(image.latents.shape)
+            raise ValueError(f"image.latents must be {expected if wanted else None} for this student, got {got}")
+        return torch.cat([latents, image.latents.to(latents.dtype)], dim=1)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         return self.patch_embedding(latents.to(self.dtype)).flatten(2).transpose(1, 2)
 
-    def _head(self, x: Tensor, time: Tensor, n: int, grid: tuple[int, int, int]) -> Tensor:
+    def _head(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens [N, F * tokens_per_frame, dim] to a velocity [N, C, F, H, W]."""
         shift, scale = (self.scale_shift_table[:, None] + time[:, :, None]).unbind(2)
         out = self.proj_out(adaln_modulate(x, shift, scale, eps=self.shape.eps))
         (frames, rows, columns), (pt, ph, pw) = grid, self.shape.patch_size
+        n = out.shape[0]
         out = out.view(n, frames, rows, columns, pt, ph, pw, self.shape.out_channels)
         out = out.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return out.reshape(n, self.shape.out_channels, frames * pt, rows * ph, columns * pw)
@@ -277,9 +296,10 @@ class CausalStudent(nn.Module):
     def _check(self, noisy: Tensor, t: Tensor, clean: Tensor | None) -> None:
         shape = self.shape
         _, ph, pw = shape.patch_size
-        if noisy.ndim != 5 or noisy.shape[1] != shape.in_channels or noisy.shape[3] % ph or noisy.shape[4] % pw:
+        channels = (shape.out_channels, shape.in_channels)
+        if noisy.ndim != 5 or noisy.shape[1] not in channels or noisy.shape[3] % ph or noisy.shape[4] % pw:
             raise ValueError(
-                f"latents must be [N, {shape.in_channels}, F, {ph} x rows, {pw} x columns], got {list(noisy.shape)}"
+                f"latents must be [N, {shape.out_channels}, F, {ph} x rows, {pw} x columns], got {list(noisy.shape)}"
             )
         if tuple(t.shape) != (noisy.shape[0], noisy.shape[2]):
             raise ValueError(f"t must be [{noisy.shape[0]}, {noisy.shape[2]}], got {list(t.shape)}")
