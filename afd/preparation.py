@@ -69,7 +69,7 @@ def _samples(config: RunConfig, teacher: Teacher, prompts: Sequence[str], split:
         try:
             frames = decode_video(
                 finished.mp4,
-                num_frames=video.num_frames,
+                num_frames=codec.num_pixel_frames(video.num_frames),
                 height=video.height,
                 width=video.width,
                 fps=video.fps,

@@ -107,8 +107,15 @@ class EncodersSection(Section):
     codec: Literal["dct", "wan_vae"] = "dct"
     """`dct` is the weight-free codec of the built-in world; `wan_vae` loads AutoencoderKLWan from `vae_path`."""
     vae_path: Path | None = None
-    """Folder of a diffusers AutoencoderKLWan, read when codec is wan_vae."""
+    """Folder of a diffusers AutoencoderKLWan or of a pipeline with one, read when codec is wan_vae."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the VAE computes in."""
+    vae_tile: Positive | None = None
+    """Side in pixels of the overlapping tiles that larger frames are encoded and decoded in; None takes them whole."""
     text_path: Path | None = None
-    """Folder with a tokenizer and a (U)MT5 encoder; default the tiny UMT5 shipped with the quick start."""
+    """Folder with a tokenizer and a UMT5 encoder, or of a diffusers pipeline with both; default the tiny UMT5 shipped
+    with the quick start."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the text encoder computes in."""
     text_len: Positive = 16
     """Text tokens L of every embedding; the student's text_len."""

@@ -2,7 +2,7 @@
 
 Each frame is cut into 4 x 4 blocks; each block of Y, Cb, Cr goes through an orthonormal 2-D DCT and only the lowest
 frequencies are kept (6 of Y, 3 of Cb, 3 of Cr). It compresses 48 numbers to 12 and is lossy like a VAE, yet has no
-weights, so the built-in world needs no download. Real runs use `encoders.load_vae` with the same two methods.
+weights, so the built-in world needs no download. Real runs use `WanVAE` with the same methods.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class DCTCodec:
 
     num_channels = NUM_CHANNELS
     spatial_stride = BLOCK
+    temporal_stride = 1
     name = "dct-4x4-ycc-6-3-3"
 
     def __init__(self, *, mean: float = 0.08, scale: float = 0.35) -> None:
@@ -85,3 +86,11 @@ class DCTCodec:
         blocks = latents.float().permute(0, 2, 3, 4, 1) @ self._synthesis.to(latents.device) * self._scale
         blocks = blocks.view(b, f, h, w, 3, BLOCK, BLOCK).permute(0, 1, 2, 5, 3, 6, 4)
         return (blocks.reshape(b, f, h * BLOCK, w * BLOCK, 3) + self._mean).clamp(0.0, 1.0)
+
+    def new_decoder(self) -> DCTCodec:
+        """A decoder for one stream: frames do not depend on each other, so this codec itself."""
+        return self
+
+    def num_pixel_frames(self, num_latent_frames: int) -> int:
+        """Frames of the video that so many latent frames decode to: as many."""
+        return num_latent_frames

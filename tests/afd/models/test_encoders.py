@@ -1,17 +1,18 @@
 """The shipped text encoder, the latent shapes, and the Wan VAE's border on a tiny random VAE."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from afd.config import EncodersSection, VideoSection
+from afd.config import EncodersSection, StudentShape, VideoSection
 from afd.models.dct_codec import DCTCodec
 from afd.models.encoders import (
     QUICKSTART_ASSETS,
     TextEncoder,
-    WanVAE,
+    check_encoders,
+    clean_prompt,
+    encode_prompts,
     latent_shape,
     load_codec,
     load_text_encoder,
@@ -114,24 +115,55 @@ def test_load_codec_chooses(tmp_path: Path) -> None:
         load_codec(EncodersSection(codec="wan_vae", vae_path=tmp_path))
 
 
-@pytest.mark.slow
-def test_wan_vae_normalises_and_keeps_frame_major_pixels(tmp_path: Path) -> None:
-    from diffusers import AutoencoderKLWan
+def test_prompts_are_cleaned_as_wan_cleans_them() -> None:
+    assert clean_prompt("  a&amp;lt;b \n\t red  ball ") == "a<b red ball"
 
-    mean, std = [0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 4.0]
-    torch.manual_seed(0)
-    vae: Any = AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=mean, latents_std=std).eval()
-    vae.save_pretrained(tmp_path / "vae")
-    codec = WanVAE(tmp_path / "vae")
-    assert (codec.num_channels, codec.spatial_stride, codec.name) == (4, 8, "wan-vae-vae")
-    video = torch.rand(2, 5, 16, 24, 3)
-    latents = codec.encode(video)
-    assert latents.shape == (2, 4, 2, 2, 3)
-    with torch.no_grad():
-        raw = vae.encode(video.permute(0, 4, 1, 2, 3) * 2 - 1).latent_dist.mode()
-        pixels = vae.decode(raw).sample
-    for channel in range(4):
-        torch.testing.assert_close(latents[:, channel] * std[channel] + mean[channel], raw[:, channel])
-    decoded = codec.decode(latents)
-    assert decoded.shape == video.shape
-    torch.testing.assert_close(decoded, (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1), rtol=0, atol=1e-5)
+
+def test_prompts_are_encoded_in_batches(text: TextEncoder) -> None:
+    prompts = [*PROMPTS, PROMPTS[0]]
+    embeds = encode_prompts(EncodersSection(), prompts, batch_size=2)
+    torch.testing.assert_close(embeds, text.encode(prompts), rtol=0, atol=1e-5)
+
+
+def test_a_pipelines_folder_and_its_text_encoder_are_found(tmp_path: Path, text: TextEncoder) -> None:
+    """diffusers keeps the tokenizer beside the text encoder, not in it."""
+    for name in ("text_encoder", "tokenizer"):
+        (tmp_path / name).mkdir()
+    for file in (QUICKSTART_ASSETS / "text_encoder").iterdir():
+        folder = "tokenizer" if file.name.startswith("tokenizer") else "text_encoder"
+        (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model_index.json").write_text("{}")
+    expected = text.encode(PROMPTS)
+    for path in (tmp_path, tmp_path / "text_encoder"):
+        assert torch.equal(TextEncoder(path, text_len=16).encode(PROMPTS), expected)
+
+
+def test_encoders_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    shape = StudentShape()
+    check_encoders(EncodersSection(), shape)
+    folder = tmp_path / "text"
+    cases = [
+        (EncodersSection(), {"text_dim": 48}, "student text_dim must be 32, the text encoder's width, got 48"),
+        (EncodersSection(), {"out_channels": 16}, "student out_channels must be 12, the latent channels of codec dct"),
+        (EncodersSection(text_len=20), {}, "encoders.text_len must be at most 16, the student's text_len, got 20"),
+        (EncodersSection(text_path=folder), {}, "text encoder folder .*text must be a folder, which is missing"),
+        (EncodersSection(codec="wan_vae"), {}, "encoders.vae_path must name an AutoencoderKLWan folder"),
+        (EncodersSection(codec="wan_vae", vae_path=folder), {}, "encoders.vae_path .*text must be a folder"),
+    ]
+    for encoders, changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            check_encoders(encoders, shape.model_copy(update=changes))
+
+
+def test_an_incomplete_or_foreign_text_encoder_is_refused(tmp_path: Path) -> None:
+    encoders = EncodersSection(text_path=tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": 32}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="must hold a umt5 model, got 't5'"):
+        check_encoders(encoders, StudentShape())
+    (tmp_path / "config.json").write_text('{"model_type": "umt5", "d_model": 32}')
+    with pytest.raises(ValueError, match=r"must hold weights as \*\.safetensors, got none"):
+        check_encoders(encoders, StudentShape())
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    with pytest.raises(ValueError, match=r"must hold model-2\.safetensors, named by model\.safetensors\.index\.json"):
+        check_encoders(encoders, StudentShape())
