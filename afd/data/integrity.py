@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +22,13 @@ from typing import Any
 import xxhash
 import zstd
 
+from afd.data.mds import FIXED_SIZES, INDEX_FILE, MAX_SHARD_BYTES, write_whole
 from afd.data.schema import COLUMNS, SCHEMA_VERSION
 from afd.data.writer import DATASET_FILE
 
-INDEX_FILE = "index.json"
 _RAW_NAME = re.compile(r"shard\.[0-9]{5,8}\.mds")
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_SHARDS = 1 << 20
-_MAX_SHARD_BYTES = (1 << 32) - 1  # offsets inside a shard are uint32
 _MAX_SAMPLES = 1 << 31
 _HASHES = {"sha1": hashlib.sha1, "xxh3_64": xxhash.xxh3_64}
 _CHUNK = 1 << 22
@@ -171,7 +169,7 @@ def _check_shard(entry: Any, label: str) -> ShardRecord:
         raise ValueError(f"{label}: columns must be {expected}, got {columns!r}")
     if encodings != [COLUMNS[name] for name in expected]:
         raise ValueError(f"{label}: column encodings must be the schema's (never pkl), got {encodings!r}")
-    sizes = [8 if COLUMNS[name] in ("int", "float64") else None for name in expected]
+    sizes = [FIXED_SIZES.get(COLUMNS[name]) for name in expected]
     if entry.get("column_sizes") != sizes:
         raise ValueError(f"{label}: column sizes must be {sizes}, got {entry.get('column_sizes')!r}")
     num_samples = entry.get("samples")
@@ -198,8 +196,8 @@ def _check_file(entry: Any, label: str) -> FileRecord:
     name, size, hashes = entry.get("basename"), entry.get("bytes"), entry.get("hashes")
     if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
         raise ValueError(f"{label}: basename must be a plain file name, got {name!r}")
-    if type(size) is not int or not 0 < size <= _MAX_SHARD_BYTES:
-        raise ValueError(f"{label}: bytes must be in [1, {_MAX_SHARD_BYTES}], got {size!r}")
+    if type(size) is not int or not 0 < size <= MAX_SHARD_BYTES:
+        raise ValueError(f"{label}: bytes must be in [1, {MAX_SHARD_BYTES}], got {size!r}")
     if not isinstance(hashes, dict) or not set(_HASHES) & set(hashes):
         raise ValueError(f"{label}: hashes must hold one of {sorted(_HASHES)}, got {hashes!r}")
     known = tuple((algorithm, hashes[algorithm]) for algorithm in sorted(_HASHES) if algorithm in hashes)
@@ -214,12 +212,12 @@ def _prepare(shard: ShardRecord, source: Path, target: Path) -> None:
         if target != source:
             _drop_if_damaged(raw, shard.raw)
         if not raw.exists():
-            _write_whole(raw, (source / shard.raw.name).read_bytes())
+            write_whole(raw, (source / shard.raw.name).read_bytes())
     else:
         verify_file(source / shard.packed.name, shard.packed)
         _drop_if_damaged(raw, shard.raw)
         if not raw.exists():
-            _write_whole(raw, _unpack(source / shard.packed.name, shard))
+            write_whole(raw, _unpack(source / shard.packed.name, shard))
     verify_file(raw, shard.raw)
     with raw.open("rb") as file:
         head = file.read(4 * (shard.num_samples + 2))
@@ -291,19 +289,6 @@ def _zstd_content_size(data: bytes) -> int | None:
     return None if width == 0 else value + (256 if width == 2 else 0)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the kernel frees it when its holder dies."""
@@ -333,4 +318,4 @@ def _write_plain_index(record: DatasetRecord, target: Path) -> None:
         shard["compression"], shard["zip_data"] = None, None
     text = json.dumps(index, sort_keys=True).encode()
     if not (target / INDEX_FILE).is_file() or (target / INDEX_FILE).read_bytes() != text:
-        _write_whole(target / INDEX_FILE, text)
+        write_whole(target / INDEX_FILE, text)

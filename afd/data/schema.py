@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import struct
 import sys
 import types
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BF16 = "bf16"
 COLUMNS = {
     "prompt": "str",
@@ -27,8 +28,14 @@ COLUMNS = {
     "source_id": "str",
     "sha256": "str",  # of the finished video, or of the latents' bits where there is none
     "teacher": "str",
+    "teacher_version": "str",
+    "licence": "str",  # tag, empty when unknown
+    "short_prompt": "str",  # the original of an extended prompt, else empty
     "seed": "int",
     "fps": "float64",  # of the frames behind the latents
+    "duration_s": "float64",  # of the finished video; 0 when unknown
+    "motion": "float64",  # mean |difference| of neighbouring frames behind the latents, in [0, 1]
+    "brightness": "float64",  # mean luma of these frames, in [0, 1]
     "schema_version": "int",
 }
 _MAX_DIMS = 8
@@ -44,6 +51,12 @@ class Sample:
         video_mp4: the finished video, or None where only latents are kept.
         source_id: a name unique to (teacher, its settings, prompt, seed).
         sha256: filled in when empty.
+        teacher_version: changes whenever the teacher's settings do.
+        licence: tag, e.g. `CC-BY-4.0`; empty when unknown.
+        short_prompt: the original of an extended prompt, else empty.
+        duration_s: length of the finished video, s; 0 when unknown.
+        motion: mean absolute difference of neighbouring frames behind the latents, in [0, 1].
+        brightness: mean luma of these frames, in [0, 1].
     """
 
     prompt: str
@@ -55,6 +68,12 @@ class Sample:
     seed: int
     fps: float
     sha256: str = ""
+    teacher_version: str = ""
+    licence: str = ""
+    short_prompt: str = ""
+    duration_s: float = 0.0
+    motion: float = 0.0
+    brightness: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,11 +88,17 @@ def to_row(sample: Sample) -> dict[str, Any]:
     """Check a sample and lay it out by `COLUMNS`.
 
     Raises:
-        ValueError: an empty prompt or source_id, a wrong rank, or a value that is not finite in bfloat16.
+        ValueError: an empty prompt or source_id, text that is no UTF-8, a wrong rank, or a value that is not finite (in
+            bfloat16, for tensors).
     """
     for name in ("prompt", "source_id"):
         if not getattr(sample, name):
             raise ValueError(f"{name} must not be empty (sample {sample.source_id!r})")
+    for name in ("fps", "duration_s", "motion", "brightness"):
+        if not 0 <= getattr(sample, name) < math.inf:
+            raise ValueError(
+                f"{name} must be finite and >= 0, got {getattr(sample, name)} (sample {sample.source_id!r})"
+            )
     tensors = {}
     for name, axes in (("latents", "[C, F, H, W]"), ("prompt_embeds", "[L, D]")):
         tensor: Tensor = getattr(sample, name)
@@ -92,9 +117,9 @@ def to_row(sample: Sample) -> dict[str, Any]:
         "video_mp4": video,
         "source_id": sample.source_id,
         "sha256": sample.sha256 or digest,
-        "teacher": sample.teacher,
+        **{name: getattr(sample, name) for name in ("teacher", "teacher_version", "licence", "short_prompt")},
         "seed": int(sample.seed),
-        "fps": float(sample.fps),
+        **{name: float(getattr(sample, name)) for name in ("fps", "duration_s", "motion", "brightness")},
         "schema_version": SCHEMA_VERSION,
     }
 
@@ -120,6 +145,8 @@ def from_row(row: Mapping[str, Any]) -> Sample:
         seed=int(row["seed"]),
         fps=float(row["fps"]),
         sha256=row["sha256"],
+        **{name: row[name] for name in ("teacher_version", "licence", "short_prompt")},
+        **{name: float(row[name]) for name in ("duration_s", "motion", "brightness")},
     )
 
 

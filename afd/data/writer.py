@@ -1,37 +1,146 @@
-"""Samples to a folder of MDS shards, whole or not at all. Owns `dataset.json`; checks nothing that is read back."""
+"""Samples to a folder of MDS shards, whole or not at all. Owns `dataset.json` and `rejects.jsonl`; reads no shard."""
 
 import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from afd.data.schema import COLUMNS, SCHEMA_VERSION, Reject, Sample, load_streaming, settings_fingerprint, to_row
+from afd.data.mds import ShardBuilder, encode_row, write_whole
+from afd.data.schema import SCHEMA_VERSION, Reject, Sample, settings_fingerprint, to_row
 
 DATASET_FILE = "dataset.json"
-HASHES = ["sha1", "xxh3_64"]  # streaming wants them sorted
-COMPRESSION = "zstd:3"
+REJECTS_FILE = "rejects.jsonl"
+SHARD_BYTES = 32 << 20
 # Room left on the disk beyond what is known to be written.
 _FREE_RESERVE = 64 << 20
+# Rejects named in the log; all are in rejects.jsonl.
+_NUM_LOGGED = 20
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What `write_shards` made: counts, bytes on disk, and every reject with its reason."""
+    """What a folder of shards holds: counts, bytes on disk, and (of `write_shards`) every reject with its reason."""
 
     path: Path
     num_samples: int
     num_shards: int
     num_bytes: int
-    rejects: tuple[Reject, ...]
+    num_rejects: int
     fingerprint: str
+    rejects: tuple[Reject, ...] = ()
+
+
+class ShardFolder:
+    """A folder of shards in the making: rows that agree in shape and fps, and at the end the files that describe them.
+
+    Args:
+        folder: exists; gets the files.
+        shard_bytes: uncompressed size at which the next shard starts.
+        entries: index entries of shards that are already there.
+        common: shapes and fps of their rows, as `RowFacts.common` gives them.
+        teachers: the names of their teachers.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        entries: Sequence[dict[str, Any]] = (),
+        common: Mapping[str, Any] | None = None,
+        teachers: Iterable[str] = (),
+    ) -> None:
+        self.folder = folder
+        self.num_samples = sum(entry["samples"] for entry in entries)
+        self._builder = ShardBuilder(folder, shard_bytes=shard_bytes, entries=entries)
+        self._shard_bytes = shard_bytes
+        self._common, self._teachers = dict(common or {}), set(teachers)
+
+    @property
+    def num_shards(self) -> int:
+        """Closed shards so far."""
+        return len(self._builder.entries)
+
+    def add(self, row: "EncodedRow") -> dict[str, Any] | None:
+        """Take one row; returns the index entry of the shard this closed, if any.
+
+        Raises:
+            ValueError: its shape or fps differs from the rows before.
+            OSError: the disk is too full for another shard.
+        """
+        self._common = self._common or dict(row.common)
+        if row.common != self._common:
+            raise ValueError(f"every sample must have {self._common}, got {row.common} (sample {row.source_id!r})")
+        if self._builder.is_starting:
+            require_free(self.folder, self._shard_bytes)
+        closed = self._builder.add(row.data)
+        self._teachers.add(row.teacher)
+        self.num_samples += 1
+        return closed
+
+    def finish(self, metadata: Mapping[str, Any], *, num_rejects: int) -> ShardSummary:
+        """Close the last shard, write index.json and dataset.json, flush everything to the disk."""
+        assert self.num_samples
+        self._builder.close()
+        self._builder.write_index()
+        fingerprint = settings_fingerprint(metadata)
+        described = {
+            **self._common,
+            "num_samples": self.num_samples,
+            "teachers": sorted(self._teachers),
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": fingerprint,
+            "metadata": dict(metadata),
+            "num_rejects": num_rejects,
+        }
+        text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+        write_whole(self.folder / DATASET_FILE, text.encode())
+        num_bytes = _sync(self.folder)
+        return ShardSummary(self.folder, self.num_samples, self.num_shards, num_bytes, num_rejects, fingerprint)
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A sample as the bytes of its row, and what its folder must know of it."""
+
+    data: bytes
+    source_id: str
+    teacher: str
+    common: Mapping[str, Any]
+
+
+def encode_sample(sample: Sample) -> EncodedRow:
+    """Check a sample and lay it out.
+
+    Raises:
+        ValueError: as `schema.to_row`.
+    """
+    row = to_row(sample)
+    common = {
+        "latent_shape": list(row["latents"].shape),
+        "prompt_embeds_shape": list(row["prompt_embeds"].shape),
+        "fps": row["fps"],
+    }
+    return EncodedRow(encode_row(row), sample.source_id, sample.teacher, common)
+
+
+def write_rejects(rejects: Iterable[Reject], path: Path) -> int:
+    """Write one JSON object a line, `source_id` and `reason`; returns their number."""
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for reject in rejects:
+            text = json.dumps({"source_id": reject.source_id, "reason": reject.reason}, ensure_ascii=True)
+            file.write(text + "\n")
+            count += 1
+    return count
 
 
 def write_shards(
@@ -39,10 +148,10 @@ def write_shards(
     out: Path,
     *,
     metadata: Mapping[str, Any],
-    shard_bytes: int = 32 << 20,
+    shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> ShardSummary:
-    """Write samples as zstd-compressed, hashed MDS shards plus index.json and dataset.json.
+    """Write samples as zstd-compressed, hashed MDS shards plus index.json, dataset.json and rejects.jsonl.
 
     Everything goes to a hidden folder beside `out`, is synced, and is then renamed: `out` is complete or absent
     (or, with overwrite, still the old one), whatever interrupts the write.
@@ -61,28 +170,42 @@ def write_shards(
     out = Path(os.path.abspath(out))
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already: pass overwrite=True to replace it")
-    fingerprint = settings_fingerprint(metadata)
+    settings_fingerprint(metadata)  # before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
-    _require_free(out.parent, shard_bytes)
+    require_free(out.parent, shard_bytes)
     rejects: list[Reject] = []
     with _folder_beside(out) as folder:
-        described = _write_rows(_accepted(samples, rejects), folder, shard_bytes)
-        described |= {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": fingerprint,
-            "metadata": dict(metadata),
-            "rejects": [{"source_id": reject.source_id, "reason": reject.reason} for reject in rejects],
-        }
-        if described["num_samples"] == 0:
-            reasons = "; ".join(f"{reject.source_id}: {reject.reason}" for reject in rejects[:3]) or "none was offered"
-            raise ValueError(f"no sample to write to {out} ({len(rejects)} rejected: {reasons})")
-        (folder / DATASET_FILE).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-        num_bytes = _sync(folder)
-        num_shards = len(list(folder.glob("shard.*")))
-        _replace_folder(folder, out)
-    for reject in rejects:
+        shards, seen = ShardFolder(folder, shard_bytes=shard_bytes), set[str]()
+        for sample in _accepted(samples, rejects):
+            if sample.source_id in seen:
+                raise ValueError(f"source_id must be unique, got {sample.source_id!r} twice")
+            seen.add(sample.source_id)
+            shards.add(encode_sample(sample))
+        require_samples(shards, out, rejects)
+        write_rejects(rejects, folder / REJECTS_FILE)
+        summary = shards.finish(metadata, num_rejects=len(rejects))
+        publish(folder, out)
+    log_rejects(rejects)
+    return replace(summary, path=out, rejects=tuple(rejects))
+
+
+def require_samples(shards: ShardFolder, out: Path, rejects: Sequence[Reject]) -> None:
+    """Refuse to finish a folder without a sample.
+
+    Raises:
+        ValueError: there is none; quotes the first reasons.
+    """
+    if shards.num_samples == 0:
+        reasons = "; ".join(f"{reject.source_id}: {reject.reason}" for reject in rejects[:3]) or "none was offered"
+        raise ValueError(f"no sample to write to {out} ({len(rejects)} rejected: {reasons})")
+
+
+def log_rejects(rejects: Sequence[Reject]) -> None:
+    """Warn of the first rejects by name, of the rest by number."""
+    for reject in rejects[:_NUM_LOGGED]:
         logger.warning("rejected %s: %s", reject.source_id, reject.reason)
-    return ShardSummary(out, described["num_samples"], num_shards, num_bytes, tuple(rejects), fingerprint)
+    if len(rejects) > _NUM_LOGGED:
+        logger.warning("... and %d more, listed in %s", len(rejects) - _NUM_LOGGED, REJECTS_FILE)
 
 
 def shards_match(path: Path, fingerprint: str) -> bool:
@@ -105,43 +228,12 @@ def _accepted(samples: Iterable[Sample | Reject], rejects: list[Reject]) -> Iter
             yield sample
 
 
-def _write_rows(samples: Iterable[Sample], folder: Path, shard_bytes: int) -> dict[str, Any]:
-    """Write the rows and return what they have in common: count, shapes, fps, teachers."""
-    writer = load_streaming().MDSWriter(
-        columns=COLUMNS, out=str(folder), compression=COMPRESSION, hashes=HASHES, size_limit=shard_bytes, max_workers=1
-    )
-    common: dict[str, Any] = {}
-    seen: set[str] = set()
-    teachers: set[str] = set()
-    try:
-        for sample in samples:
-            row = to_row(sample)
-            if sample.source_id in seen:
-                raise ValueError(f"source_id must be unique, got {sample.source_id!r} twice")
-            seen.add(sample.source_id)
-            teachers.add(sample.teacher)
-            shape = {
-                "latent_shape": list(row["latents"].shape),
-                "prompt_embeds_shape": list(row["prompt_embeds"].shape),
-                "fps": row["fps"],
-            }
-            common = common or shape
-            if shape != common:
-                raise ValueError(f"every sample must have {common}, got {shape} (sample {sample.source_id!r})")
-            if writer.new_shard_size * 2 > shard_bytes:
-                _require_free(folder, shard_bytes)
-            writer.write(row)
-    except BaseException:
-        writer.cancel_future_jobs()
-        raise
-    if not seen:
-        writer.cancel_future_jobs()
-        return {"num_samples": 0}
-    writer.finish()
-    return {**common, "num_samples": len(seen), "teachers": sorted(teachers)}
+def require_free(path: Path, needed: int) -> None:
+    """Refuse to start writing what the disk has no room for.
 
-
-def _require_free(path: Path, needed: int) -> None:
+    Raises:
+        OSError: names the path, the bytes needed and the bytes free.
+    """
     free = shutil.disk_usage(path).free
     if free < needed + _FREE_RESERVE:
         raise OSError(f"disk too full for shards at {path}: need {needed + _FREE_RESERVE} bytes, {free} are free")
@@ -158,7 +250,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace_folder(folder: Path, out: Path) -> None:
+def publish(folder: Path, out: Path) -> None:
     """Rename folder to out; an existing out steps aside first and is deleted last."""
     old = out.with_name(f".{out.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
     had_old = out.exists()

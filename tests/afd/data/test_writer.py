@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from afd.data.loader import read_all
-from afd.data.schema import Reject, Sample, load_streaming, settings_fingerprint
+from afd.data.mds import COMPRESSION, HASHES
+from afd.data.schema import COLUMNS, Reject, Sample, load_streaming, settings_fingerprint, to_row
 from afd.data.writer import shards_match, write_shards
 
 WORKER = Path(__file__).with_name("writer_worker.py")
@@ -41,10 +42,26 @@ def test_summary_and_record_tell_what_was_written(tmp_path: Path, sample: Callab
     described = json.loads((summary.path / "dataset.json").read_text())
     assert described["latent_shape"] == [3, 5, 7, 2]
     assert described["metadata"] == metadata
-    assert described["rejects"] == [{"source_id": "physics/bad", "reason": "too short"}]
+    assert described["num_rejects"] == 1
+    rejects = (summary.path / "rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in rejects] == [{"source_id": "physics/bad", "reason": "too short"}]
     index = json.loads((summary.path / "index.json").read_text())
     assert index["shards"][0]["hashes"] == ["sha1", "xxh3_64"]
     assert index["shards"][0]["compression"].startswith("zstd")
+
+
+def test_shards_are_byte_for_byte_what_streaming_writes(tmp_path: Path, sample: Callable[[int], Sample]) -> None:
+    ours = write_shards(map(sample, range(9)), tmp_path / "ours", metadata={}, shard_bytes=4000).path
+    writer = load_streaming().MDSWriter(
+        columns=COLUMNS, out=str(tmp_path / "theirs"), compression=COMPRESSION, hashes=HASHES, size_limit=4000
+    )
+    for i in range(9):
+        writer.write(to_row(sample(i)))
+    writer.finish()
+    theirs = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert len(theirs) == 4
+    for name in theirs:
+        assert (ours / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
 def test_fingerprint_tells_the_right_shards(shards: Path, tmp_path: Path) -> None:
