@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from afd.config import RunConfig
 from afd.teachers.base import SourceReject, SourceVideo, Teacher, VideoRequest, VideoSource, accept_all
 from afd.teachers.folder import FolderSource
 from afd.teachers.folder_metadata import Columns
+from afd.teachers.http import HttpLimits, HttpSource
+from afd.teachers.http_spec import load_spec
+from afd.teachers.prompts import read_prompts, requests_of
 
 
 def open_source(config: RunConfig) -> VideoSource:
@@ -28,7 +32,41 @@ def open_source(config: RunConfig) -> VideoSource:
             version=folder.version,
             licence=teacher.licence,
         )
+    if teacher.kind == "http":
+        return _open_http(config)
     raise ValueError(f"teacher.kind must be folder, http or pipeline to read videos, got {teacher.kind!r}")
+
+
+def _open_http(config: RunConfig) -> HttpSource:
+    teacher, http = config.teacher, config.teacher.http
+    spec = load_spec(_required(http.spec, "teacher.http.spec"))
+    limits = HttpLimits(
+        concurrency=http.concurrency,
+        requests_per_minute=http.requests_per_minute,
+        max_calls=http.max_calls,
+        max_cost=http.max_cost,
+        may_resubmit=http.on_unknown == "resubmit",
+        retries=http.retries,
+        backoff_s=http.backoff_s,
+        max_backoff_s=http.max_backoff_s,
+        max_bytes=http.max_video_mib << 20,
+    )
+    requests = _requests(config, f"http:{spec.name}", spec.version)
+    work_dir = http.work_dir or config.output_dir / "teacher"
+    return HttpSource(spec, requests, work_dir=work_dir, limits=limits, licence=teacher.licence)
+
+
+def _requests(config: RunConfig, name: str, version: str) -> Callable[[], Iterator[VideoRequest | SourceReject]]:
+    """What to ask a teacher that is given a list of prompts."""
+    teacher = config.teacher
+    return functools.partial(
+        requests_of,
+        read_prompts(_required(teacher.prompts, "teacher.prompts")),
+        teacher=name,
+        version=version,
+        videos_per_prompt=teacher.videos_per_prompt,
+        first_seed=teacher.first_seed,
+    )
 
 
 def _required(path: Path | None, name: str) -> Path:
