@@ -151,19 +151,9 @@ def encode_video(
     Raises:
         ValueError: frames are not [F > 0, H, W, 3], not finite, or fps, crf, scale or upscale are out of range.
     """
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0:
-        raise ValueError(f"frames must be [F, H, W, 3] with F > 0, got {list(frames.shape)}")
-    if fps <= 0 or not 0 <= crf <= 51 or scale < 1 or upscale not in UPSCALE:
-        raise ValueError(
-            f"expected fps > 0, crf in [0, 51], scale >= 1 and upscale in {sorted(UPSCALE)}, "
-            f"got {fps}, {crf}, {scale}, {upscale!r}"
-        )
-    pictures = _to_uint8(frames)
-    if scale > 1:
-        size = (frames.shape[2] * scale, frames.shape[1] * scale)
-        pictures = np.stack([cv2.resize(picture, size, interpolation=UPSCALE[upscale]) for picture in pictures])
-    odd = [(0, size % 2) for size in pictures.shape[1:3]]
-    pictures = np.pad(pictures, [(0, 0), *odd, (0, 0)], mode="edge")
+    if fps <= 0 or not 0 <= crf <= 51:
+        raise ValueError(f"expected fps > 0 and crf in [0, 51], got {fps} and {crf}")
+    pictures = to_pictures(frames, scale=scale, upscale=upscale)
     data = _encode_h264(pictures, fps, crf)
     if path is not None:
         target = Path(path)
@@ -171,6 +161,26 @@ def encode_video(
         temporary.write_bytes(data)
         os.replace(temporary, target)
     return data
+
+
+def to_pictures(
+    frames: np.ndarray, *, scale: int = 1, upscale: Literal["nearest", "bicubic"] = "nearest"
+) -> np.ndarray:
+    """Frames as an H.264 encoder takes them: [F, H, W, 3] uint8, enlarged, odd sides given an edge pixel more.
+
+    Raises:
+        ValueError: frames are not [F > 0, H, W, 3], not finite, or scale or upscale are out of range.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0:
+        raise ValueError(f"frames must be [F, H, W, 3] with F > 0, got {list(frames.shape)}")
+    if scale < 1 or upscale not in UPSCALE:
+        raise ValueError(f"expected scale >= 1 and upscale in {sorted(UPSCALE)}, got {scale} and {upscale!r}")
+    pictures = _to_uint8(frames)
+    if scale > 1:
+        size = (frames.shape[2] * scale, frames.shape[1] * scale)
+        pictures = np.stack([cv2.resize(picture, size, interpolation=UPSCALE[upscale]) for picture in pictures])
+    odd = [(0, size % 2) for size in pictures.shape[1:3]]
+    return np.pad(pictures, [(0, 0), *odd, (0, 0)], mode="edge")
 
 
 def _to_uint8(frames: np.ndarray) -> np.ndarray:

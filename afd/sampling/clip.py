@@ -1,4 +1,4 @@
-"""From a student and a sentence to an mp4: text encoding, rollout, decoding, encoding."""
+"""One finished clip: text encoding, rollout, decoding, encoding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from afd.config import RunConfig
 from afd.data.video import encode_video
-from afd.models.encoders import latent_shape, load_codec, load_text_encoder
+from afd.models.encoders import encode_prompts, latent_shape, load_codec
 from afd.models.student import CausalStudent
 from afd.rollout import rollout, rollout_noise, sampler_times
 
@@ -14,7 +14,7 @@ from afd.rollout import rollout, rollout_noise, sampler_times
 def sample_video(
     student: CausalStudent, config: RunConfig, prompt: str, out: Path, *, seed: int, scale: int = 1
 ) -> None:
-    """Generate one video and write it.
+    """Generate one video and write it, on the student's device; each encoder is in memory only while it is needed.
 
     Args:
         student: bare module.
@@ -26,8 +26,10 @@ def sample_video(
     Raises:
         ValueError: the text encoder does not know a word of the prompt.
     """
-    embeds = load_text_encoder(config.encoders).encode([prompt])
+    device = next(student.parameters()).device
+    embeds = encode_prompts(config.encoders, [prompt], device=device)
     times = sampler_times(config.rollout)
-    noise = rollout_noise([(seed,)], times.num_noises, latent_shape(config.encoders, config.video))
-    video = load_codec(config.encoders).decode(rollout(student, embeds, noise, times))
-    encode_video(video[0].numpy(), out, fps=config.video.fps, scale=scale)
+    noise = rollout_noise([(seed,)], times.num_noises, latent_shape(config.encoders, config.video)).to(device)
+    latents = rollout(student, embeds, noise, times)
+    video = load_codec(config.encoders, device=device).decode(latents)
+    encode_video(video[0].cpu().numpy(), out, fps=config.video.fps, scale=scale)
