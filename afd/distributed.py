@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+
 T = TypeVar("T")
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -69,6 +70,17 @@ def init_world(timeout_s: float = 1800.0, *, device: str | None = None, num_thre
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
     return World(rank, local_rank, size, torch.device("cuda", local_rank) if on_cuda else torch.device("cpu"))
+
+
+def set_timeouts(timeout_s: float) -> None:
+    """Give every process group of this process one timeout; call it when all groups have been made.
+
+    DeepSpeed and torch make groups with their own defaults (30 minutes for gloo, 10 for NCCL), whatever the first
+    group was given.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _complete_environment() -> None:

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0:1] = [str(ROOT), str(ROOT / "kernels")]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from afd.train.launch import main  # noqa: E402 (the path comes first)
+from afd.stopping import catch_stop_signals  # noqa: E402 (the path comes first)
 
 if __name__ == "__main__":
+    catch_stop_signals()  # before the imports, which take seconds
+    from afd.train.launch import main
+
     sys.exit(main())

@@ -24,6 +24,7 @@ from afd.config.training import (
     LRSchedule,
     NFTSection,
     RolloutSection,
+    StoppingSection,
     TrackingSection,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "RolloutSection",
     "RunConfig",
     "Section",
+    "StoppingSection",
     "StudentSection",
     "StudentShape",
     "TeacherSection",
@@ -78,5 +80,6 @@ class RunConfig(Section):
     averages: AveragesSection = AveragesSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    stopping: StoppingSection = StoppingSection()
     tracking: TrackingSection = TrackingSection()
     pretrain: PretrainSection = PretrainSection()

@@ -70,6 +70,7 @@ def save_checkpoint(
     config: str,
     weights_metadata: Mapping[str, str] | None = None,
     keep: int = 2,
+    replaces: bool = False,
 ) -> Path:
     """Write one commit and publish it atomically; collective, between two steps.
 
@@ -82,6 +83,7 @@ def save_checkpoint(
         config: the resolved configuration's text.
         weights_metadata: strings for the header of student.safetensors, such as the model's dimensions.
         keep: commits left after pruning, this one included; >= 1.
+        replaces: an existing commit of this step is an earlier state of this run; delete it instead of keeping it.
     Returns:
         The commit's folder.
     Raises:
@@ -114,7 +116,7 @@ def save_checkpoint(
         "versions": _versions(),
         "files": {name: record for part in records for name, record in part.items()},
     }
-    _on_rank_0(lambda: _finish(temporary, final, body, keep))
+    _on_rank_0(lambda: _finish(temporary, final, body, keep=keep, replaces=replaces))
     return final
 
 
@@ -144,11 +146,11 @@ def _prepare(temporary: Path, needed: int) -> None:
         (temporary / folder).mkdir(parents=True)
 
 
-def _finish(temporary: Path, final: Path, body: dict[str, Any], keep: int) -> None:
+def _finish(temporary: Path, final: Path, body: dict[str, Any], *, keep: int, replaces: bool) -> None:
     if list_files(temporary) != sorted(body["files"]):
         raise OSError(f"the ranks do not see the same files in {temporary}: the output folder must be shared by all")
     write_manifest(temporary, body)
-    publish(temporary, final)
+    publish(temporary, final, replaces=replaces)
     prune(final.parent, newest=body["step"], keep=keep)
 
 

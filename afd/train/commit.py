@@ -122,9 +122,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Rename a complete commit into place and point `latest` at it; a commit of the same step is set aside first."""
-    if final.exists():
+def publish(temporary: Path, final: Path, *, replaces: bool = False) -> None:
+    """Rename a complete commit into place and point `latest` at it.
+
+    A commit of the same step is set aside first; with `replaces` it is this run's own earlier state, and deleted.
+    """
+    replaced = None
+    if final.exists() and replaces:
+        replaced = final.rename(final.with_name(f"{final.name}.tmp-replaced"))
+    elif final.exists():
         _set_aside(final)
     os.rename(temporary, final)
     _fsync_directory(final.parent)
@@ -132,6 +138,8 @@ def publish(temporary: Path, final: Path) -> None:
     write_durably(pointer, f"{final.name}\n")
     os.replace(pointer, final.parent / LATEST)
     _fsync_directory(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
 
 
 def prune(output_dir: Path, *, newest: int, keep: int) -> None:

@@ -17,9 +17,10 @@ import torch
 from afd.config import RunConfig
 from afd.config_file import ConfigError, dump_config, load_config
 from afd.data.integrity import open_dataset, read_record
-from afd.distributed import World, barrier, broadcast_object, close_world, init_world
+from afd.distributed import World, barrier, broadcast_object, close_world, init_world, set_timeouts
 from afd.evaluation.report import terminal_table
 from afd.preparation import prepare_shards, shard_folders
+from afd.stopping import MARKER, STOPPED, StopRequest, catch_stop_signals, write_marker
 from afd.tracking import JournalTracker, MLflowTracker, NullTracker, Tracker
 from afd.train.checkpoint import find_commit
 from afd.train.commit import RunLock, list_commits, read_manifest, set_aside_run
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run from the command line; returns the exit code: 0, or 2 for wrong input, said in one line."""
+    """Run from the command line; returns the exit code: 0, 2 for wrong input (said in one line), or STOPPED."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR,
@@ -99,6 +100,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _train(
     config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, is_fresh: bool
 ) -> int:
+    stop = catch_stop_signals()
+    stop.grace_s = config.stopping.grace_s
     world = init_world(config.timeout_s)
     output = config.output_dir
     with RunLock(output):
@@ -106,7 +109,10 @@ def _train(
             moved = set_aside_run(output, keep=["data"])
             if moved is not None:
                 logger.info("an earlier run was set aside in %s", moved)
+        if world.is_main:
+            (output / MARKER).unlink(missing_ok=True)
         barrier()
+        stop.output_dir = output
         if config.teacher.kind == "physics":
             _prepare_on_main(config, is_main=world.is_main)
         for folder in shard_folders(config):
@@ -123,15 +129,30 @@ def _train(
             tracker = _open_tracker(config, plan, ds_student, ds_discriminator, resumed_step)
         try:
             roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
-            trainer = Trainer(config, plan, roles, tracker, world=world)
+            set_timeouts(config.timeout_s)
+            trainer = Trainer(config, plan, roles, tracker, world=world, stop=stop)
             report = trainer.run(_run_facts(plan, world), resume_from=commit)
         except BaseException:
             tracker.close("FAILED")
             raise
-        tracker.close("FINISHED")
+        tracker.close("KILLED" if trainer.is_stopped else "FINISHED")
+        if trainer.is_stopped:
+            return _leave_stopped(output, trainer.step, stop, world)
+        stop.disarm()
         if world.is_main:
             sys.stdout.write(f"\n{terminal_table(trainer.evaluation)}\n\nreport: {report}\n")
     return 0
+
+
+def _leave_stopped(output: Path, step: int, stop: StopRequest, world: World) -> int:
+    """Say where a stopped run stands. The ranks leave together: a launcher kills the others when the first one ends."""
+    if world.is_main:
+        name = stop.signal_name or "a signal to another rank"
+        write_marker(output, exit_code=STOPPED, signal_name=name, step=step)
+        logger.info("stopped at step %d by %s; the same command goes on from there", step, name)
+    barrier()
+    stop.disarm()
+    return STOPPED
 
 
 def _check_shard_shapes(config: RunConfig, plan: RunPlan) -> None:

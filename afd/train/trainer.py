@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from tqdm import tqdm
 from afd.config import LRSchedule, RunConfig
 from afd.config_file import dump_config
 from afd.data.loader import build_loader, read_all, to_batch
-from afd.distributed import World
+from afd.distributed import World, all_reduce_max
 from afd.evaluation.heldout import HeldoutEvaluator, Summary
 from afd.evaluation.report import build_report
 from afd.evaluation.samples import write_samples
 from afd.models.encoders import load_codec
 from afd.preparation import shard_folders
+from afd.stopping import StopRequest, Watchdog
 from afd.tracking import Tracker
 from afd.train.averaging import ParameterAverage
 from afd.train.checkpoint import load_checkpoint, save_checkpoint
@@ -37,9 +39,24 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One run from its roles to its report; every method is called by all ranks."""
 
-    def __init__(self, config: RunConfig, plan: RunPlan, roles: Roles, tracker: Tracker, *, world: World) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: RunPlan,
+        roles: Roles,
+        tracker: Tracker,
+        *,
+        world: World,
+        stop: StopRequest | None = None,
+    ) -> None:
+        """stop: signals to heed between two steps; None heeds none."""
         self.config, self.plan, self.roles, self.tracker, self.world = config, plan, roles, tracker, world
         self.step = 0  # student steps done
+        self.is_stopped = False
+        self._stop = stop or StopRequest()
+        self._watchdog = Watchdog(config.stopping.hang_after_s)
+        self._warmup: list[dict[str, float]] = []  # the discriminator's steps before the student's first
+        self._saved = (0, 0)  # (warm-up steps, steps) on disk
         self.evaluation: dict[str, Summary] = {}
         train_shards, heldout_shards = shard_folders(config)
         self.loader = build_loader(
@@ -71,31 +88,50 @@ class Trainer:
                 to do: then the finished run's own facts stay.
             resume_from: the verified commit to go on from; None starts at step 0.
         Returns:
-            The report's path on rank 0.
+            The report's path on rank 0; None also when the run was asked to stop: then `is_stopped` is True and
+            what was done is committed.
         """
         started = time.perf_counter()
         if resume_from is not None:
             self._resume(resume_from)
-        if "base" not in self.evaluation:
-            self.evaluation["teacher"] = self.evaluator.evaluate_teacher()
-            self.evaluation["base"] = self._evaluate(self.roles.reference)
-            self._warm_up()
         first = self.step
-        for step in self._progress(first, self.config.num_steps, "AFD"):
-            metrics = self._train_step(step)
-            self.step = step + 1
-            self.tracker.log(self.step, metrics | self._evaluate_at_intervals())
-            self._write_at_intervals()
+        try:
+            self._train()
+        finally:
+            self._watchdog.stop()
+        if self._must_stop():
+            self._save()
+            return None
         if first:
             facts = {**facts, "resumed_at_step": first}
         facts = {**facts, "duration_s": round(time.perf_counter() - started, 1)}
         is_old_news = self.step == first and (self.config.output_dir / "run.json").is_file()
         return self._finish(None if is_old_news else facts)
 
+    def _train(self) -> None:
+        """Everything up to the last step, or to the boundary at which the run was asked to stop."""
+        if "base" not in self.evaluation:
+            self.evaluation["teacher"] = self.evaluator.evaluate_teacher()
+            self.evaluation["base"] = self._evaluate(self.roles.reference)
+        if self.step == 0:
+            self._warm_up()
+        for step in self._steps(self.step, self.config.num_steps, "AFD"):
+            metrics = self._train_step(step)
+            self.step = step + 1
+            self.tracker.log(self.step, metrics | self._evaluate_at_intervals())
+            self._write_at_intervals()
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on all of them, because they ask at the same step."""
+        if not self.is_stopped:
+            asked = torch.tensor(int(self._stop.is_requested), device=self.world.device)
+            self.is_stopped = bool(all_reduce_max(asked).item())
+        return self.is_stopped
+
     def _warm_up(self) -> None:
         """Discriminator-only steps; their curve goes to warmup.jsonl, the student's steps start at 1 after them."""
-        rows = []
-        for step in self._progress(0, self.config.discriminator.warmup_steps, "discriminator warm-up"):
+        rows = self._warmup
+        for step in self._steps(len(rows), self.config.discriminator.warmup_steps, "discriminator warm-up"):
             metrics = warmup_step(
                 self.roles, self._next_batch(), self.config, step, world=self.world, timer=StepTimer()
             )
@@ -167,11 +203,16 @@ class Trainer:
             return self.evaluator.decode(self.evaluator.sample(student, rows))
 
     def _save(self) -> None:
+        """Commit what was done, unless it is on disk already."""
+        now = (len(self._warmup), self.step)
+        if now == self._saved:
+            return
         state = {
             "loader": self.loader.state_dict(),
             "step": self.step,
             "evaluation": self.evaluation,
             "replay": self.roles.replay.state_dict(),
+            "warmup": self._warmup if self.step == 0 else [],
         }
         save_checkpoint(
             self.config.output_dir / "checkpoints",
@@ -182,7 +223,9 @@ class Trainer:
             config=dump_config(self.config),
             weights_metadata={"student_shape": self.plan.shape.model_dump_json()},
             keep=self.config.checkpoint.keep,
+            replaces=self.step == self._saved[1] == 0,  # a warm-up that was stopped before
         )
+        self._saved = now
 
     def _resume(self, commit: Path) -> None:
         restored = load_checkpoint(commit, engines=self._engines, averages=self._averages, is_verified=True)
@@ -190,6 +233,8 @@ class Trainer:
         self.step = restored.state["step"]
         self.evaluation = restored.state["evaluation"]
         self.roles.replay.load_state_dict(restored.state["replay"])
+        self._warmup = restored.state.get("warmup", [])  # absent in commits made before a warm-up could stop
+        self._saved = (len(self._warmup), self.step)
         if self.world.is_main:
             logger.info("resumed from %s at step %d", commit, self.step)
 
@@ -208,10 +253,14 @@ class Trainer:
             self.tracker.log_artifact(path)
         return report
 
-    def _progress(self, start: int, stop: int, label: str) -> tqdm:
-        return tqdm(
-            range(start, stop), initial=start, total=stop, desc=label, unit="step", disable=not self.world.is_main
-        )
+    def _steps(self, start: int, stop: int, label: str) -> Iterator[int]:
+        """Steps with a progress bar, until one is asked to stop."""
+        steps = range(start, stop)
+        for step in tqdm(steps, initial=start, total=stop, desc=label, unit="step", disable=not self.world.is_main):
+            self._watchdog.step()
+            if self._must_stop():
+                return
+            yield step
 
 
 def _to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
