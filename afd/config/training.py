@@ -55,6 +55,10 @@ class NFTSection(Section):
     """Normalised advantage that saturates the optimality weight."""
     time_sampling: Literal["grid", "uniform", "logit_normal"] = "grid"
     """Times of the forward process, one per chunk; `grid` draws the sampler's own."""
+    velocities: Literal["one_gather", "three_passes"] = "one_gather"
+    """How v, v_old and v_ref are computed under ZeRO-3; the numbers agree. `one_gather`: with LoRA all three go through
+    each block while its frozen weights are gathered once; with full fine-tuning each role is gathered once for all
+    micro batches. `three_passes` gathers block by block for every role and micro batch: least memory."""
     updates_per_rollout: Positive = 1
     """Optimizer steps on each batch of rollouts."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from afd.config import StudentShape
 from afd.models.attention import CausalSelfAttention, CrossAttention
 from afd.models.conditioning import ConditionEmbedder, FeedForward, ImageCondition
 from afd.models.kv_cache import KVCache
+from afd.models.three_velocities import LaggingPass
 from afd_kernels import BlockCausalLayout, adaln_modulate, gated_residual, rope_3d_table
 
 PromptKeysValues = Sequence[tuple[Tensor, ...]]
@@ -71,6 +72,7 @@ class CausalBlock(nn.Module):
         layout: BlockCausalLayout | None,
         cache: tuple[KVCache, int] | None,
         attention_impl: str | None,
+        lagging: LaggingPass | None = None,
     ) -> Tensor:
         """Transform tokens x [N, tokens, dim].
 
@@ -78,7 +80,10 @@ class CausalBlock(nn.Module):
             modulation: [N, F, 6, dim], from time.
             prompt: embedded prompt [N, L, dim], or this block's cached (keys, values).
             rope, layout, cache, attention_impl: see `CausalSelfAttention.forward`.
+            lagging: other roles' passes, which go through while this block's weights are whole.
         """
+        if lagging is not None:
+            lagging.advance(self, modulation, prompt, rope, layout, cache, attention_impl)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table[:, None] + modulation).unbind(2)
         attended = self.attn1(
             adaln_modulate(x, shift1, scale1, eps=self.eps), rope, layout=layout, cache=cache, impl=attention_impl
@@ -126,6 +131,7 @@ class CausalStudent(nn.Module):
         clean: Tensor | None = None,
         context_noise: float = 0.0,
         image: ImageCondition | None = None,
+        lagging: LaggingPass | None = None,
     ) -> Tensor:
         """Velocity of every chunk of a video in one pass.
 
@@ -139,6 +145,7 @@ class CausalStudent(nn.Module):
                 A video of one chunk (chunk_frames = F) without it is the full attention of a bidirectional model.
             context_noise: time of `clean`; above 0 it has been noised to it.
             image: what an image-to-video student is given of its image.
+            lagging: other roles' passes to compute beside this one; a student with adapters only.
         Returns:
             velocity [N, C, F, H, W] in noisy's dtype.
         Raises:
@@ -146,15 +153,21 @@ class CausalStudent(nn.Module):
         """
         video = self.embed(noisy, t, prompt_embeds, clean=clean, context_noise=context_noise, image=image)
         x = video.tokens
+        if lagging is not None:
+            lagging.start(x)
+        common = (video.modulation, video.prompt, video.rope, video.layout, None, self.shape.attention_impl)
         for block in self.blocks:
-            inputs = (x, video.modulation, video.prompt, video.rope, video.layout, None, self.shape.attention_impl)
+            inputs = (x, *common, lagging)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Reentrant: the non-reentrant form breaks with frozen weights under ZeRO-3 (DeepSpeed issue).
                 x = checkpoint(block, *inputs, use_reentrant=True)
             else:
                 x = block(*inputs)
         assert isinstance(x, Tensor)
-        return self.head(x, video).to(noisy.dtype)
+        if lagging is None:
+            return self.head(x, video).to(noisy.dtype)
+        noisy_half, time = x[:, -video.layout.video_tokens :], video.time.repeat(1 + len(lagging.roles), 1, 1)
+        return lagging.split(self.head(lagging.beside(noisy_half), replace(video, time=time)).to(noisy.dtype))
 
     def embed(
         self,

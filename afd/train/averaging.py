@@ -54,12 +54,21 @@ class ParameterAverage:
         engine_or_module: a DeepSpeed engine of stage 0 to 3, or a plain module.
         decay: in [0, 1], or a schedule from the step (number of optimizer steps done) to such a number.
         name: what messages and checkpoints call it.
+        twin: from a trained parameter's name to that of a frozen one of the same shape, which always holds the average
+            in the parameters' dtype; None for no such copy.
     Raises:
         ValueError: decay outside [0, 1], nothing to train, or ZeRO-3 with persistent parameters, whose gathered
             copies a swap would miss: set "stage3_param_persistence_threshold" to 0.
     """
 
-    def __init__(self, engine_or_module: Engine | nn.Module, *, decay: Decay, name: str) -> None:
+    def __init__(
+        self,
+        engine_or_module: Engine | nn.Module,
+        *,
+        decay: Decay,
+        name: str,
+        twin: Callable[[str], str] | None = None,
+    ) -> None:
         if not callable(decay):
             _check_decay(decay, name)
         self.name = name
@@ -75,7 +84,9 @@ class ParameterAverage:
                 f"average {name!r} needs no persistent ZeRO-3 parameters: "
                 'set "stage3_param_persistence_threshold": 0 in "zero_optimization"'
             )
+        self._twins = [parameters[twin(key)] for key in self._parameters] if twin is not None else []
         self._average = [source.float().clone() for source in self._sources()]
+        self._write_twins()
 
     def _sources(self) -> list[Tensor]:
         """The live values, float32 or the parameter's dtype: shards under ZeRO-3, whole parameters otherwise."""
@@ -86,6 +97,16 @@ class ParameterAverage:
     def _slots(self) -> list[Tensor]:
         """What the next forward reads, to be written in place."""
         return [(each.ds_tensor if self._sharded else each).data for each in self._parameters.values()]
+
+    @torch.no_grad()
+    def _write_twins(self) -> None:
+        if self._twins:
+            self._release()
+            slots: list[Tensor] = [(each.ds_tensor if self._sharded else each).data for each in self._twins]
+            torch._foreach_copy_(slots, self._average)
+            for each in self._twins:
+                if self._sharded and each.ds_secondary_tensor is not None:
+                    each.ds_secondary_tensor = None  # hpZ's copy: DeepSpeed renews those of trained parameters only
 
     @torch.no_grad()
     def update(self, step: int) -> float:
@@ -103,6 +124,7 @@ class ParameterAverage:
         if decay < 1.0:
             sources = [source.to(slot.dtype) for source, slot in zip(self._sources(), self._average, strict=True)]
             torch._foreach_lerp_(self._average, sources, 1.0 - decay)
+            self._write_twins()
         return decay
 
     @contextmanager
@@ -175,6 +197,7 @@ class ParameterAverage:
             mine[: part.numel()] = part.to(average)
             loaded.append(mine)
         torch._foreach_copy_(self._average, loaded)
+        self._write_twins()
 
 
 def _check_decay(decay: float, name: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from afd.config import AveragesSection, RunConfig, configured_shape
 from afd.distributed import World
 from afd.models.discriminator import LatentDiscriminator
-from afd.models.lora import add_lora
+from afd.models.lora import add_lora, add_old_adapter, old_adapter_name
 from afd.models.student import CausalBlock, CausalStudent
 from afd.models.weights import load_student
 from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_ramp_to_half
@@ -33,7 +33,12 @@ def build_roles(
     return Roles(
         student=student_engine,
         discriminator=build_engine(discriminator, ds_discriminator),
-        old=ParameterAverage(student_engine, decay=_old_policy_decay(averages), name="old"),
+        old=ParameterAverage(
+            student_engine,
+            decay=_old_policy_decay(averages),
+            name="old",
+            twin=old_adapter_name if _needs_old_adapter(config) else None,
+        ),
         ema=ParameterAverage(student_engine, decay=averages.ema_decay, name="ema"),
         reference=ParameterAverage(student_engine, decay=1.0, name="reference"),
         replay=RolloutReplay(num_steps=config.discriminator.replay_steps, share=config.discriminator.replay_share),
@@ -41,8 +46,19 @@ def build_roles(
 
 
 def build_student(config: RunConfig, plan: RunPlan) -> CausalStudent:
-    """The initial student, with adapters when LoRA is asked for."""
-    return prepare_student(load_student(plan.student_path), config)
+    """The initial student as it is trained: with adapters when LoRA is asked for, the old policy's beside them."""
+    student = prepare_student(load_student(plan.student_path), config)
+    if _needs_old_adapter(config):
+        lora = config.student.lora
+        with torch.random.fork_rng(devices=[]):
+            add_old_adapter(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    return student
+
+
+def _needs_old_adapter(config: RunConfig) -> bool:
+    """Whether v_old is computed in the same pass as v."""
+    is_shared = bool(config.student.lora.rank) and config.nft.velocities == "one_gather"
+    return is_shared and config.rollout.policy == "ema"
 
 
 def prepare_student(student: CausalStudent, config: RunConfig) -> CausalStudent:

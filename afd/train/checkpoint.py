@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from afd.distributed import barrier, broadcast_object, gather_objects, world_rank, world_size
+from afd.models.lora import is_old_adapter
 from afd.train.averaging import ParameterAverage
 from afd.train.commit import (
     commit_name,
@@ -170,7 +171,7 @@ def _write_weights(
     folder: Path, student: Engine, averages: Mapping[str, ParameterAverage], metadata: dict[str, str]
 ) -> None:
     """Write whole float32 weights and averages from rank 0; every rank takes part in the gathers."""
-    weights = consolidated_weights(student)
+    weights = consolidated_weights(student, skip=is_old_adapter)  # the old policy is an average of its own
     whole = {name: each.contiguous() for name, each in weights.items()}
     _on_rank_0(lambda: save_file(whole, folder / STUDENT_WEIGHTS, metadata=metadata))
     for name, average in averages.items():
@@ -290,6 +291,8 @@ def _model_record(engine: Engine) -> dict[str, Any]:
     total, count, dtype = 0, 0, ""
     parameters: dict[str, Any] = dict(bare_module(engine).named_parameters())
     for name, parameter in parameters.items():
+        if is_old_adapter(name):
+            continue  # whether v_old has an adapter of its own is a matter of speed, not of what is trained
         shape = list(getattr(parameter, "ds_shape", parameter.shape))
         digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
         total += getattr(parameter, "ds_numel", parameter.numel())

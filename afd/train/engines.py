@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -191,18 +191,21 @@ def gather_shards(parameter: Any, shard: Tensor) -> Tensor | None:
     return torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape).cpu().clone()
 
 
-def consolidated_weights(engine: Engine) -> dict[str, Tensor]:
+def consolidated_weights(engine: Engine, *, skip: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
     """All weights of an engine under the module's own names, one gather at a time; collective.
 
     Trainable parameters come from the optimizer's float32 masters under ZeRO-3, others in the dtype they are held.
 
+    Args:
+        engine: of any stage.
+        skip: names to leave out; the same on every rank.
     Returns:
         Name to CPU tensor on rank 0; an empty dict elsewhere.
     """
     module = bare_module(engine)
     sharded = zero_stage(engine) == 3
     weights: dict[str, Tensor] = {}
-    parameters: dict[str, Any] = dict(module.named_parameters())
+    parameters: dict[str, Any] = {name: each for name, each in module.named_parameters() if not skip(name)}
     for name, parameter in parameters.items():
         if sharded:
             shard = local_shard(parameter) if parameter.requires_grad else parameter.ds_tensor.data

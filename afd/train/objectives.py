@@ -19,7 +19,7 @@ from afd.train.discriminator_update import score, update_discriminator
 from afd.train.engines import Engine, gathered
 from afd.train.replay import RolloutReplay
 from afd.train.student_update import make_noised_states, update_student, velocities_of
-from afd.types import Rollout, VideoBatch
+from afd.types import NoisedStates, Rollout, VideoBatch
 
 _HISTOGRAM_BINS = 10
 ROLLOUT, DISCRIMINATOR, FORWARD, EVALUATION, REPLAY = range(5)  # seed streams: no two uses share random numbers
@@ -116,6 +116,27 @@ def warmup_step(
         return update_discriminator(roles.discriminator, *pairs, config.discriminator, generators)
 
 
+def lagging_velocities(
+    roles: Roles, states: NoisedStates, prompt_embeds: Tensor, config: RunConfig
+) -> tuple[Tensor | None, Tensor | None, tuple[str, ...]]:
+    """v_old and v_ref [N, C, F, H, W] where the objective needs them, or the roles to compute beside v instead.
+
+    Three ways, the same numbers: `three_passes` gathers every block for each role and micro batch; `one_gather` with
+    adapters lets all roles through a block while its one frozen copy is whole; `one_gather` with full fine-tuning,
+    where the roles have different weights, gathers each role once for all micro batches.
+    """
+    gathers_once = config.nft.velocities == "one_gather"
+    needed = {"old": roles.old} if config.rollout.policy == "ema" else {}
+    needed |= {"reference": roles.reference} if config.nft.prior_weight > 0 else {}
+    if gathers_once and config.student.lora.rank:
+        return None, None, tuple(needed)
+    velocities = {
+        role: velocities_of(roles.student, average, states, prompt_embeds, gathers_once=gathers_once)
+        for role, average in needed.items()
+    }
+    return velocities.get("old"), velocities.get("reference"), ()
+
+
 def afd_step(
     roles: Roles, teacher: VideoBatch, config: RunConfig, step: int, *, world: World, timer: StepTimer
 ) -> dict[str, Tensor]:
@@ -150,12 +171,9 @@ def afd_step(
             states = make_noised_states(
                 x_s, generators, nft, times=times, shift=config.rollout.shift, shape=shape
             )  # (5)
-            is_lagging = config.rollout.policy == "ema"
-            v_old = velocities_of(roles.student, roles.old, states, x_s.prompt_embeds) if is_lagging else None
-            has_prior = nft.prior_weight > 0
-            v_ref = velocities_of(roles.student, roles.reference, states, x_s.prompt_embeds) if has_prior else None
+            v_old, v_ref, beside = lagging_velocities(roles, states, x_s.prompt_embeds, config)
             metrics |= update_student(
-                roles.student, states, x_s.prompt_embeds, w, nft, v_old=v_old, v_ref=v_ref
+                roles.student, states, x_s.prompt_embeds, w, nft, v_old=v_old, v_ref=v_ref, beside=beside
             )  # (6), (7)
             roles.old.update(roles.student.global_steps)
             roles.ema.update(roles.student.global_steps)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +12,10 @@ from torch import Tensor
 from afd.config import NFTSection, StudentShape
 from afd.diffusion.flow_matching import add_noise, chunk_times
 from afd.distributed import all_reduce_mean
+from afd.models.three_velocities import LaggingPass
 from afd.rollout import SamplerTimes, chunk_spans
 from afd.train.averaging import ParameterAverage
-from afd.train.engines import Engine
+from afd.train.engines import Engine, gathered
 from afd.types import NoisedStates, Rollout
 from afd_kernels import add_noise_and_target, nft_loss
 
@@ -53,12 +56,24 @@ def make_noised_states(
 
 @torch.no_grad()
 def velocities_of(
-    engine: Engine, average: ParameterAverage | None, states: NoisedStates, prompt_embeds: Tensor
+    engine: Engine, average: ParameterAverage | None, states: NoisedStates, prompt_embeds: Tensor, *, gathers_once: bool
 ) -> Tensor:
-    """Velocity [N, C, F, H, W] of an average (or of the student itself) in the teacher-forcing layout, no gradient."""
-    with average.applied() if average is not None else nullcontext():
+    """Velocity [N, C, F, H, W] of an average (or of the student itself) in the teacher-forcing layout, no gradient.
+
+    Args:
+        engine: the student's.
+        average: whose weights; None for the student's own.
+        states: N noised rollouts, taken a micro batch at a time.
+        prompt_embeds: [N, L, D].
+        gathers_once: under ZeRO-3, make all weights whole once for all micro batches (as in a rollout) instead of a
+            block at a time for each of them.
+    """
+    with ExitStack() as stack:
+        if average is not None:
+            stack.enter_context(average.applied())
+        student: Any = stack.enter_context(gathered(engine)) if gathers_once else engine
         parts = _micro_batches(engine, states, prompt_embeds)
-        return torch.cat([engine(*part, clean=clean, context_noise=states.context_noise) for *part, clean in parts])
+        return torch.cat([student(*part, clean=clean, context_noise=states.context_noise) for *part, clean in parts])
 
 
 def _micro_batches(
@@ -78,6 +93,7 @@ def update_student(
     *,
     v_old: Tensor | None,
     v_ref: Tensor | None,
+    beside: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Minimise L = L_NFT + lambda L_prior once over this rank's samples.
 
@@ -87,8 +103,10 @@ def update_student(
         prompt_embeds: [N, L, D].
         weight: [N] optimality weights in [0, 1].
         section: variant, nft_beta, prior weight, clip.
-        v_old: [N, C, F, H, W] old policy's velocity; None takes stopgrad(v).
-        v_ref: [N, C, F, H, W] initial student's velocity; None where the prior weight is 0.
+        v_old: [N, C, F, H, W] old policy's velocity; None takes stopgrad(v), or what is computed beside v.
+        v_ref: [N, C, F, H, W] initial student's velocity; None where the prior weight is 0 or it is computed beside v.
+        beside: "old", "reference" or both: roles that go through each block together with the student, so that ZeRO-3
+            gathers it once for all (`LaggingPass`); needs adapters.
     Returns:
         `student/loss`, `student/flow_error` = mean |v - v*|^2, `student/old_deviation` = mean |v - v_old|^2,
         `student/prior` = mean |v - v_ref|^2, averaged over all ranks; `student/grad_norm` before clipping,
@@ -98,9 +116,11 @@ def update_student(
     totals = torch.zeros(4, device=weight.device)
     for index, (x_t, t, prompt, clean) in enumerate(_micro_batches(engine, states, prompt_embeds)):
         rows = slice(index * micro, (index + 1) * micro)
-        v = engine(x_t, t, prompt, clean=clean, context_noise=states.context_noise)
-        old = None if v_old is None else v_old[rows]
-        ref = None if v_ref is None else v_ref[rows]
+        lagging = LaggingPass(beside) if beside else None
+        v = engine(x_t, t, prompt, clean=clean, context_noise=states.context_noise, lagging=lagging)
+        others = lagging.velocities if lagging is not None else {}
+        old = others.get("old") if v_old is None else v_old[rows]
+        ref = others.get("reference") if v_ref is None else v_ref[rows]
         per_sample = nft_loss(
             v,
             old,
@@ -117,8 +137,8 @@ def update_student(
         engine.backward(loss)
         engine.step()
         with torch.no_grad():
-            others = (states.v_target[rows], v if old is None else old, v if ref is None else ref)
-            errors = [(v - other).float().square().mean() for other in others]
+            targets = (states.v_target[rows], v if old is None else old, v if ref is None else ref)
+            errors = [(v - target).float().square().mean() for target in targets]
             totals += torch.stack([loss.detach(), *errors]) * (len(x_t) / len(weight))
     names = ("student/loss", "student/flow_error", "student/old_deviation", "student/prior")
     facts = {

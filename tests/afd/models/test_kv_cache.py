@@ -82,9 +82,8 @@ def test_memory_is_bounded_by_window_and_sink() -> None:
 
 def test_a_video_without_end_keeps_window_and_sink() -> None:
     cache = make_cache(None, window=4, sink=2)
-    for start in range(0, 300, 3):
-        seen = seen_frames(cache, start, start + 3)
-    assert seen == [0, 1, 296, 297, 298, 299]
+    seen = [seen_frames(cache, start, start + 3) for start in range(0, 300, 3)]
+    assert seen[-1] == [0, 1, 296, 297, 298, 299]
     assert cache.num_bytes == 6 * 2 * 2 * TOKENS * 4
 
 
