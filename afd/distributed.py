@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from afd.slurm import rank_variables
 
 T = TypeVar("T")
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -72,6 +73,15 @@ def init_world(timeout_s: float = 1800.0, *, device: str | None = None, num_thre
     return World(rank, local_rank, size, torch.device("cuda", local_rank) if on_cuda else torch.device("cpu"))
 
 
+def adopt_slurm_task() -> None:
+    """Where srun itself started the ranks, set the variables a launcher would set; harmless anywhere else.
+
+    Raises:
+        ValueError: the step spans several nodes and MASTER_ADDR is not set.
+    """
+    os.environ.update(rank_variables(os.environ))
+
+
 def set_timeouts(timeout_s: float) -> None:
     """Give every process group of this process one timeout; call it when all groups have been made.
 
@@ -85,6 +95,7 @@ def set_timeouts(timeout_s: float) -> None:
 
 def _complete_environment() -> None:
     """Make a plain process look launched: the five variables a process group and DeepSpeed read."""
+    adopt_slurm_task()
     present = [name for name in LAUNCH_VARIABLES if name in os.environ]
     missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
     if not missing:

@@ -17,7 +17,7 @@ import torch
 from afd.config import RunConfig
 from afd.config_file import ConfigError, dump_config, load_config
 from afd.data.integrity import open_dataset, read_record
-from afd.distributed import World, barrier, broadcast_object, close_world, init_world, set_timeouts
+from afd.distributed import World, adopt_slurm_task, barrier, broadcast_object, close_world, init_world, set_timeouts
 from afd.evaluation.report import terminal_table
 from afd.preparation import prepare_shards, shard_folders
 from afd.stopping import MARKER, STOPPED, StopRequest, catch_stop_signals, write_marker
@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code: 0, 2 for wrong input (said in one line), or STOPPED."""
+    adopt_slurm_task()
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR,
