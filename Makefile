@@ -12,7 +12,7 @@ ARGS ?=
 # The deepspeed launcher starts `python`: the environment's own must come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test test-slow test-gpu check format clean
+.PHONY: help install run test test-slow test-gpu test-triton-3.6 check format clean
 
 help:
 	@printf '%s\n' \
@@ -20,6 +20,7 @@ help:
 	  'make test       fast tests, CPU' \
 	  'make test-slow  tests that start processes or train' \
 	  'make test-gpu   tests that need a CUDA device' \
+  'make test-triton-3.6  the kernels in the interpreter and as machine code with triton 3.6.0' \
 	  'make check      ruff, import-linter, basedpyright' \
 	  'make format     let ruff rewrite what it can' \
 	  'make install    the environment alone (UV=1: with uv)' \
@@ -49,6 +50,18 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	python -m pytest -q -m gpu
+
+# torch 2.11 pins triton 3.6.0, whose interpreter needs numpy < 2.4. Both go before the environment's own on the path.
+OLD_TRITON := .venv-triton-3.6
+OLD_TRITON_STAMP := $(OLD_TRITON)/installed.stamp
+
+$(OLD_TRITON_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLD_TRITON) \
+	  triton==3.6.0 'numpy>=2.1,<2.4'
+	@touch $@
+
+test-triton-3.6: $(OLD_TRITON_STAMP)
+	PYTHONPATH="$(CURDIR)/$(OLD_TRITON)" python -m pytest -q tests/afd_kernels $(ARGS)
 
 check: $(STAMP)
 	ruff format --check .

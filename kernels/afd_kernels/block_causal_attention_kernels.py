@@ -17,6 +17,8 @@ multiplication tutorial.
 import triton
 import triton.language as tl
 
+from afd_kernels.attention_tiles import load_tile, score_grads, softmax_step, softmax_weights, tile_rows
+
 
 @triton.jit
 def _program(num_tiles, num_slices, GROUP: tl.constexpr):
@@ -79,17 +81,10 @@ def forward_kernel(
     m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     is_own = m < own_end - own
     q_rows = (own + m).to(tl.int64)
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    if TMA:
-        k_tiles = tl.make_tensor_descriptor(k, [rows, D], [k_row, 1], [BLOCK_N, D])
-        v_tiles = tl.make_tensor_descriptor(v, [rows, D], [v_row, 1], [BLOCK_N, D])
-        queries = tl.make_tensor_descriptor(q, [rows, D], [q_row, 1], [BLOCK_M, D]).load([own, 0])
-    else:
-        queries = tl.load(q + q_rows[:, None] * q_row + d[None, :], mask=is_own[:, None], other=0.0)
-    k_offsets = n.to(tl.int64)[:, None] * k_row + d[None, :]
-    v_offsets = n.to(tl.int64)[:, None] * v_row + d[None, :]
+    q_tiles = tile_rows(q + batch * q_batch + head * q_head, rows, q_row, D, BLOCK_M, TMA)
+    k_tiles = tile_rows(k + batch * k_batch + head * k_head, rows, k_row, D, BLOCK_N, TMA)
+    v_tiles = tile_rows(v + batch * v_batch + head * v_head, rows, v_row, D, BLOCK_N, TMA)
+    queries = load_tile(q_tiles, own, q_row, is_own, TMA)
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
@@ -98,24 +93,10 @@ def forward_kernel(
         position, end = _locate(
             i, start_0, end_0, start_1, end_1, start_2, end_2, tiles_0, tiles_1, BLOCK_N, RANGES
         )  # fmt: skip
-        is_key = n < end - position
-        if TMA:
-            keys = k_tiles.load([position, 0])
-        else:
-            keys = tl.load(k + position.to(tl.int64) * k_row + k_offsets, mask=is_key[:, None], other=0.0)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-        p = tl.math.exp2(scores * scale - new_peak[:, None])
-        shrink = tl.math.exp2(peak - new_peak)
-        weight = weight * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        if TMA:
-            values = v_tiles.load([position, 0])
-        else:
-            values = tl.load(v + position.to(tl.int64) * v_row + v_offsets, mask=is_key[:, None], other=0.0)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-        peak = new_peak
+        peak, weight, acc = softmax_step(
+            queries, k_tiles, v_tiles, k_row, v_row, position, n < end - position, peak, weight, acc, scale,
+            TMA, PRECISION,
+        )  # fmt: skip
 
     acc = acc / weight[:, None]
     out_offsets = batch * out_batch + head * out_head + q_rows[:, None] * out_row + d[None, :]
@@ -161,23 +142,13 @@ def key_value_grad_kernel(
         work, tile, BLOCK_M, RANGES
     )
     m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    grad += batch * g_batch + head * g_head
+    is_own = n < own_end - own
+    q_tiles = tile_rows(q + batch * q_batch + head * q_head, rows, q_row, D, BLOCK_M, TMA)
+    g_tiles = tile_rows(grad + batch * g_batch + head * g_head, rows, g_row, D, BLOCK_M, TMA)
+    k_tiles = tile_rows(k + batch * k_batch + head * k_head, rows, k_row, D, BLOCK_N, TMA)
+    v_tiles = tile_rows(v + batch * v_batch + head * v_head, rows, v_row, D, BLOCK_N, TMA)
+    keys, values = load_tile(k_tiles, own, k_row, is_own, TMA), load_tile(v_tiles, own, v_row, is_own, TMA)
     stats += piece.to(tl.int64) * 2 * rows
-    if TMA:
-        q_tiles = tl.make_tensor_descriptor(q, [rows, D], [q_row, 1], [BLOCK_M, D])
-        g_tiles = tl.make_tensor_descriptor(grad, [rows, D], [g_row, 1], [BLOCK_M, D])
-        keys = tl.make_tensor_descriptor(k, [rows, D], [k_row, 1], [BLOCK_N, D]).load([own, 0])
-        values = tl.make_tensor_descriptor(v, [rows, D], [v_row, 1], [BLOCK_N, D]).load([own, 0])
-    else:
-        is_own = (n < own_end - own)[:, None]
-        k_rows = (own + n).to(tl.int64)[:, None]
-        keys = tl.load(k + k_rows * k_row + d[None, :], mask=is_own, other=0.0)
-        values = tl.load(v + k_rows * v_row + d[None, :], mask=is_own, other=0.0)
-    q_offsets = m.to(tl.int64)[:, None] * q_row + d[None, :]
-    g_offsets = m.to(tl.int64)[:, None] * g_row + d[None, :]
 
     dk_acc = tl.zeros([BLOCK_N, D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, D], tl.float32)
@@ -186,22 +157,14 @@ def key_value_grad_kernel(
             i, start_0, end_0, start_1, end_1, start_2, end_2, tiles_0, tiles_1, BLOCK_M, RANGES
         )  # fmt: skip
         is_query = m < end - position
-        if TMA:
-            queries = q_tiles.load([position, 0])
-        else:
-            queries = tl.load(q + position.to(tl.int64) * q_row + q_offsets, mask=is_query[:, None], other=0.0)
+        queries = load_tile(q_tiles, position, q_row, is_query, TMA)
         # Queries past the range weigh nothing: exp2(x - inf) = 0.
         level = tl.load(stats + position + m, mask=is_query, other=float("inf"))
-        scores = tl.dot(keys, queries.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        p = tl.math.exp2(scores * scale_log2 - level[None, :])
-        if TMA:
-            g = g_tiles.load([position, 0])
-        else:
-            g = tl.load(grad + position.to(tl.int64) * g_row + g_offsets, mask=is_query[:, None], other=0.0)
+        p = softmax_weights(keys, queries, level[None, :], scale_log2, PRECISION)
+        g = load_tile(g_tiles, position, g_row, is_query, TMA)
         dv_acc = tl.dot(p.to(g.dtype), g, dv_acc, input_precision=PRECISION)
         mean = tl.load(stats + rows + position + m, mask=is_query, other=0.0)
-        dp = tl.dot(values, g.T, input_precision=PRECISION)
-        ds = p * (dp - mean[None, :])
+        ds = score_grads(p, values, g, mean[None, :], PRECISION)
         dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
 
     # Read again rather than kept: every register counts in the loop.
@@ -229,24 +192,14 @@ def query_grad_kernel(
     )
     m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     is_own = m < own_end - own
-    q_rows = (own + m).to(tl.int64)[:, None]
     stats += piece.to(tl.int64) * 2 * rows + own + m
     level = tl.load(stats, mask=is_own, other=float("inf"))
     mean = tl.load(stats + rows, mask=is_own, other=0.0)
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    grad += batch * g_batch + head * g_head
-    if TMA:
-        k_tiles = tl.make_tensor_descriptor(k, [rows, D], [k_row, 1], [BLOCK_N, D])
-        v_tiles = tl.make_tensor_descriptor(v, [rows, D], [v_row, 1], [BLOCK_N, D])
-        queries = tl.make_tensor_descriptor(q, [rows, D], [q_row, 1], [BLOCK_M, D]).load([own, 0])
-        g = tl.make_tensor_descriptor(grad, [rows, D], [g_row, 1], [BLOCK_M, D]).load([own, 0])
-    else:
-        queries = tl.load(q + q_rows * q_row + d[None, :], mask=is_own[:, None], other=0.0)
-        g = tl.load(grad + q_rows * g_row + d[None, :], mask=is_own[:, None], other=0.0)
-    k_offsets = n.to(tl.int64)[:, None] * k_row + d[None, :]
-    v_offsets = n.to(tl.int64)[:, None] * v_row + d[None, :]
+    q_tiles = tile_rows(q + batch * q_batch + head * q_head, rows, q_row, D, BLOCK_M, TMA)
+    g_tiles = tile_rows(grad + batch * g_batch + head * g_head, rows, g_row, D, BLOCK_M, TMA)
+    k_tiles = tile_rows(k + batch * k_batch + head * k_head, rows, k_row, D, BLOCK_N, TMA)
+    v_tiles = tile_rows(v + batch * v_batch + head * v_head, rows, v_row, D, BLOCK_N, TMA)
+    queries, g = load_tile(q_tiles, own, q_row, is_own, TMA), load_tile(g_tiles, own, g_row, is_own, TMA)
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for i in tl.range(0, total):
@@ -254,16 +207,11 @@ def query_grad_kernel(
             i, start_0, end_0, start_1, end_1, start_2, end_2, tiles_0, tiles_1, BLOCK_N, RANGES
         )  # fmt: skip
         is_key = n < end - position
-        if TMA:
-            keys = k_tiles.load([position, 0])
-            values = v_tiles.load([position, 0])
-        else:
-            keys = tl.load(k + position.to(tl.int64) * k_row + k_offsets, mask=is_key[:, None], other=0.0)
-            values = tl.load(v + position.to(tl.int64) * v_row + v_offsets, mask=is_key[:, None], other=0.0)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-        p = tl.math.exp2(scores * scale_log2 - level[:, None])
-        dp = tl.dot(g, values.T, input_precision=PRECISION)
-        ds = tl.where(is_key[None, :], p * (dp - mean[:, None]), 0.0)
+        keys = load_tile(k_tiles, position, k_row, is_key, TMA)
+        values = load_tile(v_tiles, position, v_row, is_key, TMA)
+        p = softmax_weights(queries, keys, level[:, None], scale_log2, PRECISION)
+        ds = score_grads(p, g, values, mean[:, None], PRECISION)
+        ds = tl.where(is_key[None, :], ds, 0.0)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     flat = ((piece.to(tl.int64) * rows + own + m) * D)[:, None] + d[None, :]

@@ -71,8 +71,8 @@ def choose_plan(head_dim: int, dtype: torch.dtype, variant: str) -> Plan:
     """Tile shapes for a head dimension, dtype and variant.
 
     Half precision, D = 64 and 128: `tma` loads with tensor descriptors, `specialized` also splits the forward's warps
-    into loaders and workers, `pointer` needs neither. dK/dV at D = 128 always uses pointers (descriptors spill two
-    registers). Everything else: small pointer tiles.
+    into loaders and workers, `pointer` needs neither and has smaller tiles where the larger would spill (dQ, and dK/dV
+    at D = 128). Everything else: small pointer tiles.
 
     Raises:
         ValueError: unknown variant.
@@ -85,11 +85,14 @@ def choose_plan(head_dim: int, dtype: torch.dtype, variant: str) -> Plan:
     if head_dim < 64:
         small = Tiles(64, 64, 4, 2)
         return Plan(small, small, small)
-    tma = variant != "pointer"
-    forward = Tiles(128, 128, 8, 2, tma=tma)
+    if variant == "pointer":
+        return Plan(
+            Tiles(128, 128, 8, 2), Tiles(64 if head_dim == 64 else 32, 128, 8, 2), Tiles(128, 64, 8, 2)
+        )  # fmt: skip
+    forward = Tiles(128, 128, 8, 2, tma=True)
     if variant == "specialized":
         forward = Tiles(128, 128, 4, 2, tma=True, specialize=True)
-    return Plan(forward, Tiles(64, 128, 8, 2, tma=tma and head_dim == 64), Tiles(128, 64, 8, 2, tma=tma))
+    return Plan(forward, Tiles(64, 128, 8, 2, tma=True), Tiles(128, 128, 8, 2, tma=True))
 
 
 @functools.lru_cache(maxsize=64)
@@ -144,17 +147,19 @@ def _most_ranges(strips: tuple[Strip, ...]) -> int:
     return max(len(strip.ranges) for strip in strips)
 
 
-def _without_descriptors(tiles: Tiles, *tensors: Tensor) -> Tiles:
+def _usable(plan: Plan, kernel: str, *tensors: Tensor) -> Tiles:
+    """The plan's tiles of a kernel, or pointer tiles where its descriptors do not accept the tensors."""
+    tiles: Tiles = getattr(plan, kernel)
     if not tiles.tma or can_use_descriptors(*tensors):
         return tiles
-    return Tiles(tiles.block_m, tiles.block_n, 8, tiles.num_stages)
+    return getattr(choose_plan(tensors[0].shape[-1], tensors[0].dtype, "pointer"), kernel)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float, plan: Plan) -> tuple:
     from afd_kernels.block_causal_attention_kernels import forward_kernel
 
     batch, heads, rows, head_dim = q.shape
-    tiles = _without_descriptors(plan.forward, q, k, v)
+    tiles = _usable(plan, "forward", q, k, v)
     work = work_table(layout.strips, tiles.block_m, q.device)
     out = torch.empty_like(q)
     stats = torch.empty(batch * heads, 2, rows, dtype=torch.float32, device=q.device)
@@ -187,14 +192,14 @@ def _backward(saved: tuple[Tensor, ...], grad: Tensor, layout: BlockCausalLayout
     with device_guard(q):
         launch: Any = delta_kernel[(-(-rows // 64), batch * heads)]
         launch(out, grad, stats, *out.stride()[:3], *grad.stride()[:3], heads, rows, D=head_dim, BLOCK=64)
-        tiles = _without_descriptors(plan.key_value_grad, *inputs)
+        tiles = _usable(plan, "key_value_grad", *inputs)
         work = work_table(layout.key_strips, tiles.block_n, q.device)
         launch = key_value_grad_kernel[(work.shape[0] * batch * heads,)]
         launch(
             *inputs, stats, dk, dv, work, *strides, heads, rows, work.shape[0], batch * heads, *scales,
             RANGES=_most_ranges(layout.key_strips), SPECIALIZE=tiles.specialize, **shared, **tiles.launch_options,
         )  # fmt: skip
-        tiles = _without_descriptors(plan.query_grad, *inputs)
+        tiles = _usable(plan, "query_grad", *inputs)
         work = work_table(layout.strips, tiles.block_m, q.device)
         launch = query_grad_kernel[(work.shape[0] * batch * heads,)]
         launch(

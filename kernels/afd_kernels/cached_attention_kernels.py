@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from afd_kernels.attention_tiles import load_tile, softmax_step, tile_rows
+
 
 @triton.jit(do_not_specialize=["start_0", "end_0", "start_1", "end_1", "per_split"])
 def split_kernel(
@@ -24,17 +26,10 @@ def split_kernel(
     m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     is_own = own + m < q_rows
     rows = (own + m).to(tl.int64)
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    if TMA:
-        k_tiles = tl.make_tensor_descriptor(k, [k_rows, D], [k_row, 1], [BLOCK_N, D])
-        v_tiles = tl.make_tensor_descriptor(v, [k_rows, D], [v_row, 1], [BLOCK_N, D])
-        queries = tl.make_tensor_descriptor(q, [q_rows, D], [q_row, 1], [BLOCK_M, D]).load([own, 0])
-    else:
-        queries = tl.load(q + rows[:, None] * q_row + d[None, :], mask=is_own[:, None], other=0.0)
-    k_offsets = n.to(tl.int64)[:, None] * k_row + d[None, :]
-    v_offsets = n.to(tl.int64)[:, None] * v_row + d[None, :]
+    q_tiles = tile_rows(q + batch * q_batch + head * q_head, q_rows, q_row, D, BLOCK_M, TMA)
+    k_tiles = tile_rows(k + batch * k_batch + head * k_head, k_rows, k_row, D, BLOCK_N, TMA)
+    v_tiles = tile_rows(v + batch * v_batch + head * v_head, k_rows, v_row, D, BLOCK_N, TMA)
+    queries = load_tile(q_tiles, own, q_row, is_own, TMA)
 
     tiles_0 = tl.cdiv(end_0 - start_0, BLOCK_N)
     total = tiles_0 + tl.cdiv(end_1 - start_1, BLOCK_N)
@@ -45,23 +40,9 @@ def split_kernel(
         is_later = i >= tiles_0
         position = tl.where(is_later, start_1 + (i - tiles_0) * BLOCK_N, start_0 + i * BLOCK_N)
         is_key = n < tl.where(is_later, end_1, end_0) - position
-        if TMA:
-            keys = k_tiles.load([position, 0])
-        else:
-            keys = tl.load(k + position.to(tl.int64) * k_row + k_offsets, mask=is_key[:, None], other=0.0)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-        p = tl.math.exp2(scores * scale - new_peak[:, None])
-        shrink = tl.math.exp2(peak - new_peak)
-        weight = weight * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        if TMA:
-            values = v_tiles.load([position, 0])
-        else:
-            values = tl.load(v + position.to(tl.int64) * v_row + v_offsets, mask=is_key[:, None], other=0.0)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-        peak = new_peak
+        peak, weight, acc = softmax_step(
+            queries, k_tiles, v_tiles, k_row, v_row, position, is_key, peak, weight, acc, scale, TMA, PRECISION
+        )
 
     flat = (split * num_slices + piece).to(tl.int64) * q_rows + rows
     tl.store(out + flat[:, None] * D + d[None, :], acc / weight[:, None], mask=is_own[:, None])
