@@ -1,33 +1,149 @@
-"""`afd sample`: videos from a checkpoint."""
+"""`afd sample`: videos from a checkpoint, finished or streamed."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from afd.config_file import ConfigError
+from afd.config import RunConfig
+from afd.config_file import ConfigError, load_config
+
+if TYPE_CHECKING:
+    from afd.models.student import CausalStudent
+    from afd.sampling import StreamStatistics
+
+_STREAM_ONLY = {
+    "seconds": None,
+    "then": [],
+    "serve": None,
+    "host": "127.0.0.1",
+    "ahead": 1.0,
+    "window": None,
+    "sink": None,
+}
 
 
 def add_to(commands: Any) -> None:
     """Register the subcommands."""
-    sample = commands.add_parser("sample", help="generate a video from a checkpoint")
-    sample.add_argument("--checkpoint", type=Path, required=True, help="a commit, or a run's output folder")
+    sample = commands.add_parser(
+        "sample",
+        help="generate a video from a checkpoint, or stream one without end",
+        description="Without --checkpoint: the base student shipped with the quick start.",
+    )
+    sample.add_argument(
+        "--checkpoint", type=Path, help="a commit, a run's output folder, or student weights of any supported format"
+    )
+    sample.add_argument("--config", type=Path, help="for weights that are no commit; default the quick start's")
     sample.add_argument("--prompt", required=True)
-    sample.add_argument("--out", type=Path, required=True, help="mp4 to write")
+    sample.add_argument("--out", type=Path, help="mp4 to write; needed unless --serve")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--weights", default="ema", help="ema, old, reference (the base student) or raw")
+    sample.add_argument("--weights", default="ema", help="of a commit: ema, old, reference (the base student) or raw")
     sample.add_argument("--scale", type=int, default=8, help="enlarge tiny videos for watching")
+    sample.add_argument("--device", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
+    sample.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the student")
+    stream = sample.add_argument_group("streaming")
+    stream.add_argument("--stream", action="store_true", help="write and show chunks as they are generated")
+    stream.add_argument("--seconds", type=float, help="length of the video; default until Ctrl-C or the page's Stop")
+    stream.add_argument(
+        "--then", nargs=2, action="append", metavar=("SECONDS", "PROMPT"), default=[], help="change the prompt there"
+    )
+    stream.add_argument("--serve", type=int, metavar="PORT", help="play live on a web page; 0 takes a free port")
+    stream.add_argument("--host", default="127.0.0.1", help="address to serve on")
+    stream.add_argument("--ahead", type=float, default=1.0, help="seconds generated ahead of playback with --serve")
+    stream.add_argument(
+        "--window", type=int, help="latent frames a query sees; default the student's, or its training's"
+    )
+    stream.add_argument("--sink", type=int, help="first latent frames that stay visible; default the student's")
     sample.set_defaults(run=_sample)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    if not arguments.stream:
+        given = [name for name, default in _STREAM_ONLY.items() if getattr(arguments, name) != default]
+        if given:
+            raise ConfigError(f"--{given[0]} needs --stream")
+    out = arguments.out
+    if out is None and (arguments.serve is None or not arguments.stream):
+        raise ConfigError("--out must name the mp4 to write, got none")
+    if out is not None and (out.suffix != ".mp4" or not out.parent.is_dir()):
+        raise ConfigError(f"--out must name an .mp4 in an existing folder, got {out}")
+    student, config = _load(arguments)
+    if arguments.stream:
+        _stream(arguments, student, config)
+        return
     from afd.sampling import sample_video
-    from afd.train.restore import load_commit, resolve_commit
 
-    if arguments.out.suffix != ".mp4" or not arguments.out.parent.is_dir():
-        raise ConfigError(f"--out must name an .mp4 in an existing folder, got {arguments.out}")
-    average = None if arguments.weights == "raw" else arguments.weights
-    student, config = load_commit(resolve_commit(arguments.checkpoint), average=average)
-    sample_video(student, config, arguments.prompt, arguments.out, seed=arguments.seed, scale=arguments.scale)
-    print(arguments.out)
+    assert out is not None
+    sample_video(student, config, arguments.prompt, out, seed=arguments.seed, scale=arguments.scale)
+    print(out)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[CausalStudent, RunConfig]:
+    """The student on its device and the configuration it runs with; encoders are checked first."""
+    import torch
+
+    from afd.config import configured_shape
+    from afd.models.encoders import QUICKSTART_ASSETS, check_encoders
+
+    path = arguments.checkpoint or QUICKSTART_ASSETS / "student.safetensors"
+    if path.is_file() or (path / "config.json").is_file():
+        from afd.models.weights import load_student
+
+        config = load_config(arguments.config) if arguments.config else RunConfig()
+        student = load_student(path)
+        student.shape = configured_shape(student.shape, config.student)
+    else:
+        from afd.train.restore import load_commit, resolve_commit
+
+        if arguments.config:
+            raise ConfigError("--config must not be given for a commit, which has its own")
+        average = None if arguments.weights == "raw" else arguments.weights
+        student, config = load_commit(resolve_commit(path), average=average)
+    check_encoders(config.encoders, student.shape)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return student.eval().requires_grad_(False).to(device, getattr(torch, arguments.dtype)), config
+
+
+def _stream(arguments: argparse.Namespace, student: CausalStudent, config: RunConfig) -> None:
+    from afd.sampling.session import StreamRequest, run_stream, streaming_shape
+
+    student.shape = streaming_shape(
+        student.shape, trained_frames=config.video.num_frames, window=arguments.window, sink=arguments.sink
+    )
+    request = StreamRequest(
+        prompt=arguments.prompt,
+        then=_changes(arguments.then),
+        seconds=arguments.seconds,
+        out=arguments.out,
+        port=arguments.serve,
+        host=arguments.host,
+        ahead_s=arguments.ahead,
+        seed=arguments.seed,
+        scale=arguments.scale,
+    )
+    statistics = run_stream(student, config, request, announce=lambda line: print(line, flush=True))
+    print(describe(statistics))
+    if arguments.out is not None and statistics.num_frames:
+        print(arguments.out)
+
+
+def _changes(pairs: list[list[str]]) -> tuple[tuple[float, str], ...]:
+    """`--then SECONDS PROMPT` pairs, in the order of time."""
+    changes = []
+    for seconds, prompt in pairs:
+        try:
+            changes.append((float(seconds), prompt))
+        except ValueError as error:
+            raise ConfigError(f"--then must give SECONDS PROMPT, got {seconds!r} for the seconds") from error
+    return tuple(sorted(changes, key=lambda change: change[0]))
+
+
+def describe(statistics: StreamStatistics) -> str:
+    """Latency and speed in one line."""
+    if statistics.first_chunk_s is None:
+        return "stopped before the first chunk"
+    text = f"{statistics.num_frames} frames, first chunk after {statistics.first_chunk_s:.3f} s"
+    if statistics.fps is not None and statistics.fps_without_decoding is not None:
+        text += f", then {statistics.fps:.1f} frames/s ({statistics.fps_without_decoding:.1f} without decoding)"
+    return text

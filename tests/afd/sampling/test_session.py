@@ -1,0 +1,96 @@
+"""Whole sessions on the shipped student, through the command."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from afd.cli import main
+from afd.config import RunConfig, StudentShape
+from afd.models.encoders import QUICKSTART_ASSETS
+from afd.models.weights import load_student
+from afd.sampling.session import StreamRequest, num_chunks_of, run_stream, streaming_shape
+
+RED, YELLOW = "a large red ball is dropped", "a large yellow ball is dropped"
+
+
+def read(path: Path) -> np.ndarray:
+    """All frames of a video, [F, H, W, 3] uint8."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_window_and_sink_default_to_the_students_then_to_its_training() -> None:
+    shape = StudentShape(chunk_frames=3)
+    assert streaming_shape(shape, trained_frames=12, window=None, sink=None).window_frames == 12
+    own = StudentShape(chunk_frames=3, window_frames=6, sink_frames=1)
+    streaming = streaming_shape(own, trained_frames=12, window=None, sink=None)
+    assert (streaming.window_frames, streaming.sink_frames) == (6, 1)
+    streaming = streaming_shape(own, trained_frames=12, window=9, sink=0)
+    assert (streaming.window_frames, streaming.sink_frames) == (9, 0)
+    with pytest.raises(ValueError, match="window_frames must hold a chunk of 3 frames, got 2"):
+        streaming_shape(shape, trained_frames=12, window=2, sink=None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stride", "chunks"),
+    [(None, 1, None), (0.1, 1, 1), (1.5, 1, 4), (1.6, 1, 5), (9 / 8, 4, 1), (1.2, 4, 2), (21 / 8, 4, 2)],
+)
+def test_seconds_are_rounded_up_to_chunks(seconds: float | None, stride: int, chunks: int | None) -> None:
+    shape = StudentShape(chunk_frames=3)
+    assert num_chunks_of(seconds, fps=8, shape=shape, pixel_frames=lambda f: 1 + stride * (f - 1)) == chunks
+
+
+def test_an_interrupt_finishes_the_file_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from afd.sampling import LiveVideoWriter
+
+    student = load_student(QUICKSTART_ASSETS / "student.safetensors").requires_grad_(False)
+    student.shape = streaming_shape(student.shape, trained_frames=12, window=None, sink=None)
+    write = LiveVideoWriter.write
+
+    def write_twice(writer: LiveVideoWriter, frames: np.ndarray) -> None:
+        if writer.num_frames == 6:
+            raise KeyboardInterrupt
+        write(writer, frames)
+
+    monkeypatch.setattr(LiveVideoWriter, "write", write_twice)
+    statistics = run_stream(student, RunConfig(), StreamRequest(prompt=RED, out=tmp_path / "red.mp4"))
+    assert statistics.num_frames == 9
+    assert statistics.fps is not None
+    assert read(tmp_path / "red.mp4").shape == (6, 16, 16, 3)
+
+
+def test_the_command_streams_beyond_the_training_length_and_changes_the_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["sample", "--stream", "--prompt", RED, "--seconds", "3", "--seed", "1", "--scale", "2"]
+    assert main([*common, "--out", str(tmp_path / "kept.mp4")]) == 0
+    assert main([*common, "--then", "1.5", YELLOW, "--out", str(tmp_path / "changed.mp4")]) == 0
+    output = capsys.readouterr().out
+    assert "24 frames, first chunk after " in output
+    kept, changed = read(tmp_path / "kept.mp4"), read(tmp_path / "changed.mp4")
+    assert kept.shape == changed.shape == (24, 32, 32, 3)
+    assert np.array_equal(kept[:12], changed[:12])
+    # Yellow has as much green as red; a red ball has none.
+    green = [video[15:].max(axis=(1, 2))[:, 1].mean() for video in (kept, changed)]
+    assert green[0] < 110
+    assert green[1] > 150
+
+
+def test_wrong_use_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "a.mp4")]
+    cases = [
+        ([*out, "--seconds", "3"], "--seconds needs --stream"),
+        ([*out, "--serve", "0"], "--serve needs --stream"),
+        (["--stream"], "--out must name the mp4 to write, got none"),
+        ([*out, "--stream", "--seconds", "0"], "--seconds must be > 0, got 0.0"),
+        ([*out, "--stream", "--then", "soon", "x"], "--then must give SECONDS PROMPT, got 'soon' for the seconds"),
+        (["--stream", "--out", "a.avi"], "--out must name an .mp4 in an existing folder, got a.avi"),
+        ([*out, "--stream", "--window", "2"], "window_frames must hold a chunk of 3 frames, got 2"),
+        ([*out, "--checkpoint", str(tmp_path)], "must be a commit, a checkpoints folder or a run's folder"),
+    ]
+    for arguments, message in cases:
+        assert main(["sample", "--prompt", RED, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
