@@ -1,16 +1,15 @@
 """The http teacher: a paid, asynchronous generation service as a source of finished videos, many requests at a time.
 
-Owns the threads, the order and the budget's end; one request is http_job.py's.
+Owns what the requests share and the budget's end; one request is http_job.py's.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from afd.teachers.http_journal import BudgetUsedUpError, Journal
 from afd.teachers.http_service import Patience, RateLimit, RejectedError, Service, StoppedError, UnusableError
 from afd.teachers.http_spec import HttpSpec
 from afd.teachers.http_transport import Key, Transport
-
-# Requests begun beyond the one whose turn it is, per open request: what a slow one may hold up.
-_AHEAD = 8
+from afd.teachers.ordered import obtain_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -91,22 +88,13 @@ class HttpSource:
             ValueError: another process holds work_dir, or the service refuses the key or the address.
         """
         service = self._open()
-        pool = ThreadPoolExecutor(self._limits.concurrency, thread_name_prefix=self._spec.name)
-        window: deque[SourceReject | tuple[VideoRequest, Future[SourceVideo | SourceReject | None]]] = deque()
+        obtain = functools.partial(self._obtain, service)
+        outcomes = obtain_in_order(
+            self._requests(), wanted, obtain, num_threads=self._limits.concurrency, stop=service.stop.set
+        )
         num_skipped = 0
         try:
-            for request in self._requests():
-                if isinstance(request, SourceReject):
-                    window.append(request)
-                elif wanted(request):
-                    window.append((request, pool.submit(self._obtain, service, request)))
-                while len(window) > self._limits.concurrency * _AHEAD:
-                    outcome = _result(window.popleft())
-                    num_skipped += outcome is None
-                    if outcome is not None:
-                        yield outcome
-            while window:
-                outcome = _result(window.popleft())
+            for outcome in outcomes:
                 num_skipped += outcome is None
                 if outcome is not None:
                     yield outcome
@@ -116,8 +104,7 @@ class HttpSource:
         except StoppedError:
             raise ValueError(service.problems[0]) from None
         finally:
-            service.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            outcomes.close()
             logger.info("%s: %s so far", self.teacher, self._spent(service.journal))
             service.journal.close()
 
@@ -205,12 +192,6 @@ class HttpSource:
     def _spent(self, journal: Journal) -> str:
         price = f", {journal.cost:g} in money" if self._spec.cost_per_call is not None else ""
         return f"{journal.num_charged} calls{price}"
-
-
-def _result(
-    item: SourceReject | tuple[VideoRequest, Future[SourceVideo | SourceReject | None]],
-) -> SourceVideo | SourceReject | None:
-    return item if isinstance(item, SourceReject) else item[1].result()
 
 
 def check_video(path: Path) -> None:

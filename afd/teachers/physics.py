@@ -5,15 +5,14 @@ Leaves out the parts: words and scenes (physics_scene), motion (physics_simulati
 """
 
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
 from afd.config import PhysicsConstants
 from afd.teachers.base import FinishedVideo
+from afd.teachers.frames import encode_mp4
 from afd.teachers.physics_render import render
 from afd.teachers.physics_scene import (
     COLOURS,
@@ -113,23 +112,5 @@ class PhysicsTeacher:
         """
         frames = render_scene(simulate(prompt, seed, self._constants), self._constants, seed=seed)
         source = hashlib.sha256(f"{prompt}\n{seed}".encode()).hexdigest()[:16]
-        mp4 = _encode_mp4(frames, fps=self._constants.fps, crf=self._constants.crf)
+        mp4 = encode_mp4(frames, fps=self._constants.fps, crf=self._constants.crf)
         return FinishedVideo(prompt, seed, mp4, f"physics-{self._name}-{source}")
-
-
-def _encode_mp4(frames: np.ndarray, *, fps: int, crf: int) -> bytes:
-    """Encode [T, H, W, 3] uint8 as an H.264 mp4 in memory."""
-    import av
-
-    buffer = io.BytesIO()
-    with av.open(buffer, mode="w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
-        # With its macroblock tree on, x264 encodes such small frames differently from one call to the next.
-        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0"}
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()

@@ -12,6 +12,7 @@ from afd.teachers.folder import FolderSource
 from afd.teachers.folder_metadata import Columns
 from afd.teachers.http import HttpLimits, HttpSource
 from afd.teachers.http_spec import load_spec
+from afd.teachers.pipeline import PipelineCall, PipelineSource, default_devices
 from afd.teachers.prompts import read_prompts, requests_of
 
 
@@ -34,6 +35,8 @@ def open_source(config: RunConfig) -> VideoSource:
         )
     if teacher.kind == "http":
         return _open_http(config)
+    if teacher.kind == "pipeline":
+        return _open_pipeline(config)
     raise ValueError(f"teacher.kind must be folder, http or pipeline to read videos, got {teacher.kind!r}")
 
 
@@ -51,22 +54,34 @@ def _open_http(config: RunConfig) -> HttpSource:
         max_backoff_s=http.max_backoff_s,
         max_bytes=http.max_video_mib << 20,
     )
-    requests = _requests(config, f"http:{spec.name}", spec.version)
+    requests = functools.partial(_requests(config), f"http:{spec.name}", spec.version)
     work_dir = http.work_dir or config.output_dir / "teacher"
     return HttpSource(spec, requests, work_dir=work_dir, limits=limits, licence=teacher.licence)
 
 
-def _requests(config: RunConfig, name: str, version: str) -> Callable[[], Iterator[VideoRequest | SourceReject]]:
-    """What to ask a teacher that is given a list of prompts."""
-    teacher = config.teacher
-    return functools.partial(
-        requests_of,
-        read_prompts(_required(teacher.prompts, "teacher.prompts")),
-        teacher=name,
-        version=version,
-        videos_per_prompt=teacher.videos_per_prompt,
-        first_seed=teacher.first_seed,
+def _open_pipeline(config: RunConfig) -> PipelineSource:
+    teacher, section = config.teacher, config.teacher.pipeline
+    options = section.model_dump(exclude={"path", "work_dir", "devices"})
+    return PipelineSource(
+        _required(section.path, "teacher.pipeline.path"),
+        _requests(config),
+        work_dir=section.work_dir or config.output_dir / "teacher",
+        call=PipelineCall(**options),
+        devices=section.devices or default_devices(),
+        licence=teacher.licence,
     )
+
+
+def _requests(config: RunConfig) -> Callable[[str, str], Iterator[VideoRequest | SourceReject]]:
+    """What to ask the teacher of this name and version, from the list of prompts."""
+    teacher = config.teacher
+    prompts = read_prompts(_required(teacher.prompts, "teacher.prompts"))
+
+    def requests(name: str, version: str) -> Iterator[VideoRequest | SourceReject]:
+        counts = {"videos_per_prompt": teacher.videos_per_prompt, "first_seed": teacher.first_seed}
+        return requests_of(prompts, teacher=name, version=version, **counts)
+
+    return requests
 
 
 def _required(path: Path | None, name: str) -> Path:
