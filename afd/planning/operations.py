@@ -130,9 +130,18 @@ def student_pass(
 
 
 def rollout_passes(
-    shape: StudentShape, latents: tuple[int, int, int, int], *, batch: int, num_times: int, lora: LoRASection | None
+    shape: StudentShape,
+    latents: tuple[int, int, int, int],
+    *,
+    batch: int,
+    num_times: int,
+    lora: LoRASection | None,
+    first_chunk_times: int | None = None,
 ) -> list[Operation]:
-    """All forwards of one KV-cached rollout: per chunk `num_times` denoising passes and one that writes the cache."""
+    """All forwards of one KV-cached rollout: per chunk `num_times` denoising passes and one that writes the cache.
+
+    The first chunk has `first_chunk_times` where they differ; after the last one nothing is written.
+    """
     layout = student_layout(shape, latents, teacher_forcing=False)
     adapters = lora if lora is not None and lora.rank else None
     prompt, per_frame, last = batch * shape.text_len, layout.tokens_per_frame, layout.num_chunks - 1
@@ -147,7 +156,8 @@ def rollout_passes(
             one += _adapted(_token_projections(shape, tokens, trains=False), adapters)
             one += [Attention("attn1", tokens * visible, shape.dim), _cross(shape, tokens)]
         one.append(Matmul("proj_out", tokens, *_head(shape), in_block=False))
-        operations += one * (num_times + (chunk < last))
+        passes = first_chunk_times if chunk == 0 and first_chunk_times is not None else num_times
+        operations += one * (passes + (chunk < last))
     return operations
 
 

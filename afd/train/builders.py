@@ -24,7 +24,14 @@ def build_roles(
     config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
 ) -> Roles:
     """Both engines and the three averages of a run; collective."""
-    student = build_student(config, plan).to(world.device)
+    return roles_around(build_student(config, plan), config, ds_student, ds_discriminator, world=world)
+
+
+def roles_around(
+    student: CausalStudent, config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
+) -> Roles:
+    """The same for a student that is already in memory, as `train_ready` leaves it; collective."""
+    student = student.to(world.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + _DISCRIMINATOR_SEED_OFFSET)
         discriminator = LatentDiscriminator(config.discriminator.shape).to(world.device)
@@ -47,7 +54,12 @@ def build_roles(
 
 def build_student(config: RunConfig, plan: RunPlan) -> CausalStudent:
     """The initial student as it is trained: with adapters when LoRA is asked for, the old policy's beside them."""
-    student = prepare_student(load_student(plan.student_path), config)
+    return train_ready(load_student(plan.student_path), config)
+
+
+def train_ready(student: CausalStudent, config: RunConfig) -> CausalStudent:
+    """Give a bare student everything its training needs; in place."""
+    prepare_student(student, config)
     if _needs_old_adapter(config):
         lora = config.student.lora
         with torch.random.fork_rng(devices=[]):
