@@ -12,7 +12,7 @@ ARGS ?=
 # The deepspeed launcher starts `python`: the environment's own must come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test test-slow test-gpu test-triton-3.6 check format clean
+.PHONY: help install run test test-slow test-gpu test-triton-3.6 test-browser check format clean
 
 help:
 	@printf '%s\n' \
@@ -20,6 +20,7 @@ help:
 	  'make test       fast tests, CPU' \
 	  'make test-slow  tests that start processes or train' \
 	  'make test-gpu   tests that need a CUDA device' \
+	  'make test-browser  the live player in a headless chromium (apt-get installs it if need be)' \
   'make test-triton-3.6  the kernels in the interpreter and as machine code with triton 3.6.0' \
 	  'make check      ruff, import-linter, basedpyright' \
 	  'make format     let ruff rewrite what it can' \
@@ -50,6 +51,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	python -m pytest -q -m gpu
+
+test-browser: $(STAMP)
+	bash tests/install_browser.sh
+	python -m pytest -q -m browser
 
 # torch 2.11 pins triton 3.6.0, whose interpreter needs numpy < 2.4. Both go before the environment's own on the path.
 OLD_TRITON := .venv-triton-3.6
