@@ -12,6 +12,7 @@ from afd.config import RolloutSection, StudentShape
 from afd.diffusion.flow_matching import add_noise, sampler_grid, x0_from_velocity
 from afd.distributed import seeded_generator
 from afd.models.student import CausalStudent
+from afd_kernels import layout
 
 
 @dataclass(frozen=True)
@@ -198,16 +199,17 @@ def rollout(student: CausalStudent, prompt_embeds: Tensor, noise: Tensor, times:
     return torch.cat([sampler.next_chunk(noise[:, :, :, start:end]) for start, end in spans], dim=2)
 
 
-def chunk_spans(shape: StudentShape, num_frames: int) -> list[tuple[int, int]]:
+def chunk_spans(shape: StudentShape, num_frames: int) -> tuple[tuple[int, int], ...]:
     """Frames [start, end) of every chunk.
 
     Raises:
         ValueError: the video does not divide into the student's chunks.
     """
+    spans = layout.chunk_spans(num_frames, shape.chunk_frames, shape.first_chunk_frames)
     first = shape.first_chunk_frames or shape.chunk_frames
-    if num_frames < first or (num_frames - first) % shape.chunk_frames:
+    start, end = spans[-1]
+    if end - start != (shape.chunk_frames if start else first):
         raise ValueError(
-            f"num_frames must be {first} + a multiple of chunk_frames = {shape.chunk_frames}, got {num_frames}"
+            f"num_frames must be {first} + a multiple of the student's chunk {shape.chunk_frames}, got {num_frames}"
         )
-    starts = [0, *range(first, num_frames, shape.chunk_frames)]
-    return list(zip(starts, [*starts[1:], num_frames], strict=True))
+    return spans

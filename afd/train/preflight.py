@@ -108,11 +108,10 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
             f"video.height and video.width must give latents divisible by the student's patch "
             f"{list(shape.patch_size[1:])}, got latents {height} x {width}"
         )
-    first = shape.first_chunk_frames or shape.chunk_frames
-    if frames < first or (frames - first) % shape.chunk_frames:
-        raise ConfigError(
-            f"video.num_frames must be {first} + a multiple of the student's chunk {shape.chunk_frames}, got {frames}"
-        )
+    try:
+        chunk_spans(shape, frames)
+    except ValueError as error:
+        raise ConfigError(f"video.{error}") from error
     discriminator = config.discriminator.shape
     if discriminator.in_channels != channels:
         raise ConfigError(f"discriminator.shape.in_channels must be {channels}, got {discriminator.in_channels}")

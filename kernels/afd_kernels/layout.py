@@ -52,6 +52,13 @@ def merge_ranges(ranges: list[Range]) -> tuple[Range, ...]:
     return tuple(merged)
 
 
+def chunk_spans(num_frames: int, chunk_frames: int, first_chunk_frames: int | None = None) -> tuple[Range, ...]:
+    """Frames [start, end) of each chunk, in order; the last chunk may be shorter."""
+    first = min(first_chunk_frames or chunk_frames, num_frames)
+    starts = [0, *range(first, num_frames, chunk_frames)]
+    return tuple(zip(starts, [*starts[1:], num_frames], strict=True))
+
+
 @dataclass(frozen=True)
 class BlockCausalLayout:
     """Block-causal attention over video frames; hashable, so it can key caches.
@@ -105,9 +112,7 @@ class BlockCausalLayout:
     @functools.cached_property
     def chunk_spans(self) -> tuple[Range, ...]:
         """Frames [start, end) of each chunk, in order."""
-        first = min(self.first_chunk_frames or self.chunk_frames, self.num_frames)
-        starts = [0, *range(first, self.num_frames, self.chunk_frames)]
-        return tuple(zip(starts, [*starts[1:], self.num_frames], strict=True))
+        return chunk_spans(self.num_frames, self.chunk_frames, self.first_chunk_frames)
 
     @property
     def num_chunks(self) -> int:

@@ -201,9 +201,9 @@ def test_the_last_noise_is_the_contexts() -> None:
 
 
 def test_chunk_spans_cover_the_video() -> None:
-    assert chunk_spans(StudentShape(chunk_frames=3), 6) == [(0, 3), (3, 6)]
-    assert chunk_spans(StudentShape(chunk_frames=3), 3) == [(0, 3)]
-    assert chunk_spans(StudentShape(chunk_frames=2, first_chunk_frames=1), 5) == [(0, 1), (1, 3), (3, 5)]
+    assert chunk_spans(StudentShape(chunk_frames=3), 6) == ((0, 3), (3, 6))
+    assert chunk_spans(StudentShape(chunk_frames=3), 3) == ((0, 3),)
+    assert chunk_spans(StudentShape(chunk_frames=2, first_chunk_frames=1), 5) == ((0, 1), (1, 3), (3, 5))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,7 @@ def test_chunk_spans_cover_the_video() -> None:
     [({"chunk_frames": 3}, 7, 3), ({"chunk_frames": 3}, 2, 3), ({"chunk_frames": 2, "first_chunk_frames": 1}, 4, 1)],
 )
 def test_a_video_must_divide_into_chunks(shape: dict[str, Any], num_frames: int, first: int) -> None:
-    message = rf"num_frames must be {first} \+ a multiple of chunk_frames = {shape['chunk_frames']}, got {num_frames}"
+    chunk = shape["chunk_frames"]
+    message = rf"num_frames must be {first} \+ a multiple of the student's chunk {chunk}, got {num_frames}"
     with pytest.raises(ValueError, match=message):
         chunk_spans(StudentShape(**shape), num_frames)
