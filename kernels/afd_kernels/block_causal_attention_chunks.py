@@ -66,7 +66,8 @@ class _ChunkLoop(torch.autograd.Function):
         if ctx.graphs is None:
             raise RuntimeError("the chunk loop's graph was freed by its first backward; retain_graph is not supported")
         graphs, ctx.graphs = ctx.graphs, None
-        q, k, v = ctx.like
+        # A caller that still holds the output holds this node too, but need not hold q, k and v with it.
+        (q, k, v), ctx.like = ctx.like, None
         total = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
         dk = torch.zeros_like(k, dtype=total)
