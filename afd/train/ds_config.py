@@ -5,6 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from afd.planning.refusals import batch_arithmetic
+
+__all__ = ["KNOWN_KEYS", "DSConfig", "batch_arithmetic", "check_ds_config", "load_ds_config"]
+
 DSConfig = dict[str, Any]
 
 KNOWN_KEYS = frozenset(
@@ -149,32 +153,3 @@ def _find_auto(value: Any, where: str) -> str | None:
         if found:
             return found
     return None
-
-
-def batch_arithmetic(ds_config: DSConfig, world_size: int) -> tuple[int, int, int]:
-    """Solve global = micro * accumulation * world_size for the number the JSON leaves out.
-
-    Returns:
-        (global batch, micro batch per rank, accumulation steps).
-    Raises:
-        ValueError: the numbers do not divide, or all three are given and disagree.
-    """
-    total = ds_config["train_batch_size"]
-    micro = ds_config.get("train_micro_batch_size_per_gpu")
-    accumulation = ds_config.get("gradient_accumulation_steps")
-    given = {
-        "train_batch_size": total,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "ranks": world_size,
-    }
-    for name, number in given.items():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} must be a positive integer, got {number!r}")
-    known = (micro or 1) * (accumulation or 1) * world_size
-    exact = micro is not None and accumulation is not None
-    if total % known != 0 or (exact and total != known):
-        factors = " * ".join(f"{name} {number}" for name, number in list(given.items())[1:] if number is not None)
-        verb = "must equal" if exact else "must be a multiple of"
-        raise ValueError(f"train_batch_size {total} {verb} {factors} = {known}")
-    return total, micro or total // known, accumulation or total // known

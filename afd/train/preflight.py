@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from afd.config import RunConfig, StudentShape, configured_shape
 from afd.config_file import ConfigError, dump_config
 from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, text_encoder_folder
 from afd.models.weights import read_student_shape
+from afd.planning.hardware import ASSUMED
+from afd.planning.memory import Memory, describe_memory, plan_memory
+from afd.planning.refusals import check_divides, check_fits
+from afd.planning.workload import build_workload, engine_settings
 from afd.preparation import shard_folders
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
-from afd.train.ds_config import DSConfig, batch_arithmetic
+from afd.train.ds_config import DSConfig
 from afd.train.learning_rate import check_lr_owner
 
 _DISK_RESERVE_BYTES = 256 * 2**20
@@ -39,6 +45,7 @@ class RunPlan:
         prompts_per_rank: B on one rank.
         student_batch, discriminator_batch: (global, micro, accumulation).
         times: the sampler's grids.
+        memory: planned, per rank.
     """
 
     student_path: Path
@@ -51,6 +58,7 @@ class RunPlan:
     student_batch: tuple[int, int, int]
     discriminator_batch: tuple[int, int, int]
     times: SamplerTimes
+    memory: Memory
 
 
 def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig, *, world_size: int) -> RunPlan:
@@ -62,14 +70,20 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     path = config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
     try:
         shape = configured_shape(read_student_shape(path), config.student)
-        student_batch = batch_arithmetic(ds_student, world_size)
-        discriminator_batch = batch_arithmetic(ds_discriminator, world_size)
         times = sampler_times(config.rollout)
         latents = latent_shape(config.encoders, config.video)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_shapes(config, shape, latents)
-    _check_batches(config, student_batch, discriminator_batch, world_size)
+    student_batch, discriminator_batch = check_divides(
+        config,
+        shape,
+        latents,
+        (ds_student, ds_discriminator),
+        num_gpus=world_size,
+        gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
+    )
+    _check_prompts(config, student_batch[0])
     _check_zero(ds_student)
     check_lr_owner(config, ds_student, ds_discriminator)
     if config.nft.baseline == "group" and config.rollout.group_size == 1:
@@ -81,6 +95,19 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
             raise ConfigError(f"shard folder {folder} must hold index.json, which is missing (write one: afd prepare)")
     num_parameters = _count_parameters(path)
     _check_disk(config, num_parameters)
+    workload = build_workload(
+        config,
+        shape,
+        latents=latents,
+        num_gpus=world_size,
+        engines=(
+            engine_settings(ds_student, student_batch),
+            engine_settings(ds_discriminator, discriminator_batch),
+        ),
+        kernels="fused" if torch.cuda.is_available() else "eager",
+    )
+    memory = plan_memory(workload)
+    check_fits(memory, *local_memory(world_size))
     rollouts = student_batch[0]
     return RunPlan(
         student_path=path,
@@ -93,33 +120,20 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
         student_batch=student_batch,
         discriminator_batch=discriminator_batch,
         times=times,
+        memory=memory,
     )
 
 
 def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, int, int, int]) -> None:
-    channels, frames, height, width = latents
+    channels = latents[0]
     if shape.in_channels != channels or shape.out_channels != channels:
         raise ConfigError(
             f"student must have in_channels = out_channels = {channels}, the channels of encoders.codec = "
             f"{config.encoders.codec}, got {shape.in_channels} and {shape.out_channels}"
         )
-    if height % shape.patch_size[1] or width % shape.patch_size[2]:
-        raise ConfigError(
-            f"video.height and video.width must give latents divisible by the student's patch "
-            f"{list(shape.patch_size[1:])}, got latents {height} x {width}"
-        )
-    try:
-        chunk_spans(shape, frames)
-    except ValueError as error:
-        raise ConfigError(f"video.{error}") from error
     discriminator = config.discriminator.shape
     if discriminator.in_channels != channels:
         raise ConfigError(f"discriminator.shape.in_channels must be {channels}, got {discriminator.in_channels}")
-    if any(size % patch for size, patch in zip((frames, height, width), discriminator.patch_size, strict=True)):
-        raise ConfigError(
-            f"discriminator.shape.patch_size must divide the latents {[frames, height, width]}, "
-            f"got {list(discriminator.patch_size)}"
-        )
     if config.encoders.text_len > shape.text_len:
         raise ConfigError(
             f"encoders.text_len must be at most {shape.text_len}, the student's text_len, "
@@ -135,24 +149,23 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
             raise ConfigError(f"{owner} must be {text_dim}, the width of the text encoder {folder.name}, got {got}")
 
 
-def _check_batches(
-    config: RunConfig, student: tuple[int, int, int], discriminator: tuple[int, int, int], world_size: int
-) -> None:
-    if student[0] != discriminator[0]:
-        raise ConfigError(
-            f"train_batch_size must be the same in both DeepSpeed JSONs (rollouts per step), got {student[0]} for the "
-            f"student and {discriminator[0]} for the discriminator"
-        )
-    group_size = config.rollout.group_size
-    if student[0] % (group_size * world_size):
-        raise ConfigError(
-            f"train_batch_size {student[0]} must be a multiple of rollout.group_size {group_size} x {world_size} ranks"
-        )
-    prompts = student[0] // group_size
+def _check_prompts(config: RunConfig, rollouts: int) -> None:
+    prompts = rollouts // config.rollout.group_size
     if config.teacher.kind == "physics" and config.teacher.num_prompts < prompts:
         raise ConfigError(
             f"teacher.num_prompts must be at least {prompts}, one step's, got {config.teacher.num_prompts}"
         )
+
+
+def local_memory(world_size: int) -> tuple[int, str]:
+    """Bytes that this rank may allocate, and where: its GPU's, or its share of the machine's memory."""
+    if torch.cuda.is_available():
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        total = torch.cuda.get_device_properties(device).total_memory
+        return int(total * ASSUMED.usable_memory), torch.cuda.get_device_name(device)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // ranks, f"this machine's memory over {ranks} ranks"
 
 
 def _check_zero(ds_student: DSConfig) -> None:
@@ -189,21 +202,6 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
     n, chunks = plan.rollouts // plan.world_size, len(chunk_spans(shape, f))
     tokens = f * (h // shape.patch_size[1]) * (w // shape.patch_size[2])
     stage = ds_student.get("zero_optimization", {}).get("stage", 0)
-    mib = 2**20
-    shards = plan.world_size if stage == 3 else 1
-    held = {
-        "student weights, gradients, Adam (fp32)": plan.num_parameters * 16 / (plan.world_size if stage else 1),
-        "averages old, ema, reference": plan.num_parameters * 12 / shards,
-        "KV cache of one micro batch": 8 * shape.num_layers * plan.student_batch[1] * tokens * shape.dim,
-        "activations of one micro batch (about)": 4
-        * plan.student_batch[1]
-        * 2
-        * tokens
-        * shape.dim
-        * 34
-        * shape.num_layers,
-        "rollouts, noise, v_old, v_ref, v*, x_t": 4 * n * c * f * h * w * (6 + plan.times.num_noises),
-    }
     lines = ["# resolved configuration", dump_config(config).rstrip(), ""]
     lines += [
         "# batch arithmetic",
@@ -215,8 +213,7 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
         ),
         "",
         f"# memory per rank (estimate; ZeRO stage {stage}, {plan.num_parameters:,} student parameters)",
-        *(f"{name}: {size / mib:.1f} MiB" for name, size in held.items()),
-        f"total: {sum(held.values()) / mib:.1f} MiB",
+        *describe_memory(plan.memory),
         "",
         "# shapes of one step, per rank",
         f"teacher latents x^T      [{n // g}, {c}, {f}, {h}, {w}]",

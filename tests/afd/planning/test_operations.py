@@ -14,7 +14,7 @@ from afd.models.student import CausalStudent
 from afd.planning.operations import discriminator_pass, forward_flops, rollout_passes, student_pass, training_flops
 from afd.planning.parameters import count_discriminator, count_student
 from afd.planning.shapes import WAN_SHAPES
-from afd.rollout import rollout
+from afd.rollout import SamplerTimes, rollout
 
 SHAPE = StudentShape(
     in_channels=4, out_channels=4, patch_size=(1, 2, 2), num_layers=2, num_heads=2, head_dim=12, ffn_dim=56,
@@ -76,9 +76,12 @@ def test_rollout_flops_equal_a_counted_rollout(changes: dict[str, Any], lora: Lo
     student = CausalStudent(shape)
     if lora:
         add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
-    noise = torch.randn(2, 3, *LATENTS)
-    expected = counted(lambda: rollout(student, torch.randn(2, 5, 10), noise, (1.0, 0.75, 0.5)))
-    assert forward_flops(rollout_passes(shape, LATENTS, batch=2, num_times=3, lora=lora)) == expected
+    times = SamplerTimes((1.0, 0.5), first_chunk_times=(1.0, 0.75, 0.5))
+    noise = torch.randn(2, times.num_noises, *LATENTS)
+    expected = counted(lambda: rollout(student, torch.randn(2, 5, 10), noise, times))
+    assert (
+        forward_flops(rollout_passes(shape, LATENTS, batch=2, num_times=2, first_chunk_times=3, lora=lora)) == expected
+    )
 
 
 def test_discriminator_flops_and_parameters_equal_the_counted_ones() -> None:

@@ -1,0 +1,216 @@
+"""Seconds of a step from FLOPs, bytes and collectives; MFU, throughput and cost from the seconds.
+
+A roofline with printed assumptions (`afd.planning.hardware`): a prediction, not a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from afd.planning.communication import Transfer, plan_transfers
+from afd.planning.hardware import ASSUMED, GPUS_PER_NODE, HOST_ADAM, PCIE, Efficiency, Gpu, Interconnect
+from afd.planning.operations import (
+    Attention,
+    Operation,
+    discriminator_pass,
+    forward_flops,
+    rollout_passes,
+    student_pass,
+    training_flops,
+)
+from afd.planning.workload import Workload
+
+_ELEMENTWISE_FORWARD, _ELEMENTWISE_BACKWARD = 20, 40  # [tokens, dim] tensors read or written around the products
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a step on one rank.
+
+    Attributes:
+        flops: computed, recomputation included.
+        model_flops: without recomputation.
+        memory_bytes: read and written around the products.
+        sent_bytes: that this rank sends.
+        compute_s, network_s: seconds of either alone.
+        seconds: of the phase, overlap taken into account.
+    """
+
+    flops: int
+    model_flops: int
+    memory_bytes: float
+    sent_bytes: float
+    compute_s: float
+    network_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A whole step.
+
+    Attributes:
+        phases: by name.
+        gpu: the accelerator.
+        workload: what was planned.
+    """
+
+    phases: dict[str, Phase]
+    gpu: Gpu
+    workload: Workload
+
+    @property
+    def seconds(self) -> float:
+        """Of one step."""
+        return sum(phase.seconds for phase in self.phases.values())
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs (no recomputation) per second over the peak."""
+        return sum(phase.model_flops for phase in self.phases.values()) / self.seconds / self.gpu.flops
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of rollouts generated, judged and trained on, over all ranks."""
+        shape, (_, frames, height, width) = self.workload.shape, self.workload.latents
+        clip = frames * (height // shape.patch_size[1]) * (width // shape.patch_size[2])
+        return self.workload.rollouts * clip / self.seconds
+
+    @property
+    def videos_per_day(self) -> float:
+        """Rollouts generated, judged and trained on."""
+        return self.workload.rollouts / self.seconds * 86400
+
+    def cost(self, price: float, steps: int = 1000) -> float:
+        """$ of `steps` steps at `price` $ per GPU and hour."""
+        return self.seconds * steps / 3600 * self.workload.num_gpus * price
+
+
+def predict_step(
+    work: Workload,
+    gpu: Gpu,
+    network: Interconnect,
+    *,
+    gpus_per_node: int = GPUS_PER_NODE,
+    assumed: Efficiency = ASSUMED,
+) -> Step:
+    """Seconds of every phase of a step."""
+    clock = _Clock(work, gpu, network, gpus_per_node, assumed)
+    transfers = plan_transfers(work)
+    return Step(
+        {
+            "rollout": clock.phase(*_rollout_work(work), transfers["rollout"], extra_s=0.0),
+            "discriminator": clock.phase(*_discriminator_work(work), transfers["discriminator"], extra_s=0.0),
+            "update": clock.phase(*_update_work(work), transfers["update"], extra_s=clock.optimizer_seconds()),
+        },
+        gpu,
+        work,
+    )
+
+
+@dataclass(frozen=True)
+class Load:
+    """Work of a phase: operations with and without gradient, and bytes of memory traffic around them."""
+
+    without_grad: list[Operation]
+    with_grad: list[Operation]
+    is_checkpointed: bool
+    times: float
+
+
+def _rollout_work(work: Workload) -> tuple[list[Load], float]:
+    micro, count = work.student.micro, work.student.accumulation
+    first, others = work.num_times
+    passes = rollout_passes(
+        work.shape, work.latents, batch=micro, num_times=others, first_chunk_times=first, lora=work.lora
+    )
+    chunk, per_clip = work.shape.chunk_frames, math.prod(work.latents[1:])
+    tokens = micro * per_clip // math.prod(work.shape.patch_size)
+    forwards = -(-work.latents[1] // chunk) * (work.num_times[1] + 1)
+    weights = forwards * work.weights * work.student.width
+    cached = forwards * tokens * work.shape.dim * work.student.width * work.shape.num_layers  # half of it on average
+    moved = (work.num_times[1] + 1) * _elementwise(work, tokens, _ELEMENTWISE_FORWARD) + weights + cached
+    return [Load(passes, [], False, count)], moved * count
+
+
+def _elementwise(work: Workload, tokens: int, tensors: int) -> float:
+    return tensors * tokens * work.shape.dim * work.student.width * work.shape.num_layers
+
+
+def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
+    engine, shape = work.discriminator, work.discriminator_shape
+    clips, text_len = engine.micro, work.shape.text_len
+    train = discriminator_pass(shape, work.latents, batch=work.clips_per_pair * clips, text_len=text_len)
+    judge = discriminator_pass(shape, work.latents, batch=clips, text_len=text_len)
+    tokens = clips * math.prod(work.latents[1:]) // math.prod(shape.patch_size)
+    forward = tokens * shape.dim * engine.width * shape.num_layers * _ELEMENTWISE_FORWARD
+    steps = work.discriminator_steps
+    moved = engine.accumulation * forward * (1 + 3 * work.clips_per_pair * steps)
+    return [Load([], train, False, engine.accumulation * steps), Load(judge, [], False, engine.accumulation)], moved
+
+
+def _update_work(work: Workload) -> tuple[list[Load], float]:
+    engine = work.student
+    passes = student_pass(work.shape, work.latents, batch=engine.micro, lora=work.lora)
+    roles, times = work.has_old_pass + work.has_prior_pass, engine.accumulation * work.updates_per_rollout
+    tensors = _ELEMENTWISE_FORWARD * (roles + 1 + work.is_checkpointed) + _ELEMENTWISE_BACKWARD
+    moved = times * _elementwise(work, work.update_pass.tokens, tensors)
+    return [Load(passes, [], False, times * roles), Load([], passes, work.is_checkpointed, times)], moved
+
+
+@dataclass(frozen=True)
+class _Clock:
+    work: Workload
+    gpu: Gpu
+    network: Interconnect
+    gpus_per_node: int
+    assumed: Efficiency
+
+    def phase(self, loads: list[Load], moved: float, transfers: list[Transfer], *, extra_s: float) -> Phase:
+        flops = sum(load.times * _flops(load, load.is_checkpointed) for load in loads)
+        model = sum(load.times * _flops(load, False) for load in loads)
+        compute = sum(load.times * self._product_seconds(load) for load in loads)
+        compute += moved / (self.gpu.bandwidth * self.assumed.memory)
+        hidden = sum(self.transfer_seconds(each) for each in transfers if each.is_overlapped)
+        open_s = sum(self.transfer_seconds(each) for each in transfers if not each.is_overlapped)
+        waits = open_s + max(0.0, hidden - self.assumed.overlap * compute)
+        sent = sum(each.sent(self.work.num_gpus) for each in transfers)
+        return Phase(int(flops), int(model), moved, sent, compute, hidden + open_s, compute + waits + extra_s)
+
+    def transfer_seconds(self, transfer: Transfer) -> float:
+        """A ring through the nodes: every node takes the tensor in once through all its adapters together, and every
+        rank once through NVLink; the slower of the two decides."""
+        ranks = self.work.num_gpus
+        within = min(ranks, self.gpus_per_node)
+        local = transfer.sent(within if transfer.in_node else ranks) / (self.gpu.nvlink * self.assumed.network)
+        nodes = -(-ranks // self.gpus_per_node)
+        if transfer.in_node or nodes == 1:
+            return local
+        return max(local, transfer.sent(nodes) / (self.network.node_bandwidth * self.assumed.network))
+
+    def optimizer_seconds(self) -> float:
+        """AdamW and three averages over this rank's shard."""
+        work = self.work
+        mine = work.parameters.trained / (work.num_gpus if work.student.stage else 1)
+        if work.student.offloads_optimizer:
+            return work.updates_per_rollout * mine * ((4 + 2) / PCIE + 28 / HOST_ADAM)
+        return work.updates_per_rollout * mine * (30 + 24) / (self.gpu.bandwidth * self.assumed.memory)
+
+    def _product_seconds(self, load: Load) -> float:
+        every = [*load.without_grad, *load.with_grad]
+        attention = [each for each in every if isinstance(each, Attention)]
+        forward = sum(each.forward for each in attention)
+        again = sum(each.forward for each in load.with_grad if isinstance(each, Attention)) * load.is_checkpointed
+        backward = sum(each.backward for each in load.with_grad if isinstance(each, Attention))
+        products = _flops(load, load.is_checkpointed) - forward - again - backward
+        rate = self.gpu.flops
+        return (
+            products / (rate * self.assumed.matmul)
+            + (forward + again) / (rate * self.assumed.attention_forward)
+            + backward / (rate * self.assumed.attention_backward)
+        )
+
+
+def _flops(load: Load, is_checkpointed: bool) -> int:
+    return forward_flops(load.without_grad) + training_flops(load.with_grad, is_checkpointed=is_checkpointed)

@@ -1,0 +1,120 @@
+"""One rank of test_measured.py: real AFD steps on real engines, their memory and their collectives by phase."""
+
+import argparse
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from afd.config import StudentShape
+from afd.config_file import load_config
+from afd.distributed import close_world, init_world, seeded_generator
+from afd.models.student import CausalStudent
+from afd.models.weights import save_student
+from afd.train.builders import build_roles
+from afd.train.objectives import StepTimer, afd_step
+from afd.train.preflight import plan_run
+from afd.types import VideoBatch
+
+ROOT = Path(__file__).parents[3]
+parser = argparse.ArgumentParser()
+parser.add_argument("result", type=Path)
+parser.add_argument("cases", type=Path)
+parser.add_argument("--local_rank", type=int)
+options = parser.parse_args()
+world = init_world(600)
+
+
+class Phases(StepTimer):
+    """Marks the phases in the profile, or tells a counter about them."""
+
+    def __init__(self, counter: "Collectives | None" = None) -> None:
+        super().__init__()
+        self.counter = counter
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self.counter is not None:
+            self.counter.phase = name
+        with record_function(f"phase {name}"), super().phase(name):
+            yield
+
+
+class Collectives(TorchDispatchMode):
+    """Elements that every collective hands over on this rank: (phase, operation) -> [calls, bytes]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = ""
+        self.counts: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.startswith("c10d::") and "barrier" not in name:
+            whole = args[0]
+            # A gather's first argument is its output, a reduce-scatter's second its input: both the whole tensor.
+            if "reduce_scatter" in name:
+                whole = args[1]
+            tensors = whole if isinstance(whole, (list, tuple)) else [whole]
+            flat = [each for part in tensors for each in (part if isinstance(part, (list, tuple)) else [part])]
+            entry = self.counts.setdefault(f"{self.phase} {name}", [0, 0])
+            entry[0] += 1
+            entry[1] += sum(each.numel() * each.element_size() for each in flat)
+        return func(*args, **(kwargs or {}))
+
+
+def peaks(profiler: Any) -> dict[str, int]:
+    """Largest number of allocated bytes during each phase of the last profiled step, and what is held after it."""
+    events = profiler.profiler.kineto_results.events()
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    spans = {e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name().startswith("phase ")}
+    result, held = dict.fromkeys(spans, 0), 0
+    for at, size in memory:
+        held += size
+        for name, (start, end) in spans.items():
+            if start <= at <= end:
+                result[name] = max(result[name], held)
+    return {name.removeprefix("phase "): value for name, value in result.items()} | {"after": held}
+
+
+def batch_of(prompts: int, latents: tuple[int, ...], shape: StudentShape) -> VideoBatch:
+    ids = [world.rank * prompts + i for i in range(prompts)]
+    clips = torch.stack([torch.randn(latents, generator=seeded_generator(1, i)) for i in ids])
+    embeds = torch.stack([torch.randn(shape.text_len, shape.text_dim, generator=seeded_generator(2, i)) for i in ids])
+    return VideoBatch(torch.tensor(ids), tuple(map(str, ids)), clips, embeds)
+
+
+def measure(index: int, case: dict[str, Any]) -> dict[str, Any]:
+    shape = StudentShape(**case["shape"])
+    path = options.result.parent / f"student_{index}_{world.rank}.safetensors"
+    save_student(CausalStudent(shape), path, dtype=torch.float32, note={})
+    fixed = [f"student.init_from={path}", f"output_dir={options.result.parent / 'run'}"]
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *case["overrides"]])
+    ds_student, ds_discriminator = case["ds_student"], case["ds_discriminator"]
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        plan = plan_run(config, ds_student, ds_discriminator, world_size=world.size)
+        roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
+        batch = batch_of(plan.prompts_per_rank, plan.latents, shape)
+        built = gc.collect()
+        for step in range(2):
+            afd_step(roles, batch, config, step, world=world, timer=Phases())
+        del built
+    with Collectives() as collectives:
+        afd_step(roles, batch, config, 2, world=world, timer=Phases(collectives))
+    KEPT.append(roles)  # engines are never freed here: their memory would be missing from the next case's balance
+    return {"peaks": peaks(profiler), "collectives": collectives.counts}
+
+
+KEPT: list[Any] = []
+results = [measure(index, case) for index, case in enumerate(json.loads(options.cases.read_text()))]
+if world.is_main:
+    options.result.write_text(json.dumps(results))
+close_world()
