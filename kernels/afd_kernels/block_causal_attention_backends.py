@@ -19,6 +19,7 @@ from afd_kernels.block_causal_attention_chunks import DenseAttention, sdpa
 
 DENSE_BACKENDS = ("flash3", "flash2", "sdpa", "cudnn", "hub")
 VARLEN_BACKENDS = ("flash3", "flash2", "torch")
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 HUB_REPOSITORY = "kernels-community/flash-attn3"
 _MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "hub": "kernels"}
 _INSTALL = {
@@ -72,6 +73,7 @@ def dense_backend(backend: str) -> DenseAttention:
     Raises:
         ValueError: unknown backend.
         ImportError: not installed; the text says how to install it.
+    The function it returns raises a ValueError for a dtype the backend does not take.
     """
     _require(backend, DENSE_BACKENDS)
     if backend == "sdpa":
@@ -84,6 +86,7 @@ def dense_backend(backend: str) -> DenseAttention:
         flash = importlib.import_module(_MODULES[backend]).flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        _check_dtype(backend, q)
         out = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale)
         return _first(out).transpose(1, 2)
 
@@ -118,6 +121,7 @@ def varlen_backend(backend: str) -> VarlenAttention:
             q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
             scale: float | None,
         ) -> Tensor:  # fmt: skip
+            _check_dtype(backend, q)
             options = {} if scale is None else {"scale": scale}
             return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
 
@@ -128,9 +132,16 @@ def varlen_backend(backend: str) -> VarlenAttention:
         q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
         scale: float | None,
     ) -> Tensor:  # fmt: skip
+        _check_dtype(backend, q)
         return _first(flash(q, k, v, starts_q, starts_k, longest_q, longest_k, softmax_scale=scale))
 
     return attend
+
+
+def _check_dtype(backend: str, q: Tensor) -> None:
+    if q.dtype not in FLASH_DTYPES:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in FLASH_DTYPES)
+        raise ValueError(f"attention backend {backend!r} takes {names}, got {q.dtype}")
 
 
 def _first(out: Any) -> Tensor:

@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from afd_kernels import BlockCausalLayout, block_causal_attention
 from afd_kernels.block_causal_attention import DEFAULTS
-from afd_kernels.block_causal_attention_backends import best_varlen_backend, dense_backend, is_installed, varlen_backend
 from afd_kernels.block_causal_attention_reference import dense_attention_reference
 from afd_kernels.block_causal_attention_varlen import block_causal_attention_varlen
 
@@ -163,35 +162,6 @@ def test_wrong_inputs_are_named():
         block_causal_attention(x, x, x, layout, impl="flex:fast")
     with pytest.raises(ValueError, match=r"backend must be one of flash3, flash2, sdpa, cudnn, hub, got 'fast'"):
         block_causal_attention(x, x, x, layout, impl="chunks:fast")
-
-
-@pytest.mark.skipif(is_installed("flash2"), reason="flash-attn is installed")
-def test_asking_for_what_is_not_installed_says_how_to_install_it():
-    layout = BlockCausalLayout(2, 3, 1)
-    x = torch.zeros(1, 2, 6, 4)
-    with pytest.raises(ImportError, match=r"'flash2' is not installed; to install it: pip install -e '.\[cuda\]'"):
-        block_causal_attention(x, x, x, layout, impl="chunks:flash2")
-    with pytest.raises(ImportError, match="to install it: build FlashAttention's `hopper` folder"):
-        varlen_backend("flash3")
-    if not torch.cuda.is_available():
-        with pytest.raises(ImportError, match="impl='varlen' needs a varlen kernel; to install one"):
-            best_varlen_backend()
-
-
-@pytest.mark.parametrize("is_tuple", [True, False])
-def test_flash_attention_is_called_with_its_layout(monkeypatch, is_tuple):
-    def flash_attn_func(q, k, v, softmax_scale):
-        assert q.shape == (2, 4, 3, 8)  # [B, N, heads, D]
-        out = dense_attention_reference(*(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale).transpose(1, 2)
-        return (out, None) if is_tuple else out
-
-    module = type(sys)("flash_attn_interface")
-    module.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    monkeypatch.setattr("afd_kernels.block_causal_attention_backends.is_installed", lambda name: True)
-    q, k, v = (torch.randn(2, 3, 4, 8) for _ in range(3))
-    actual = dense_backend.__wrapped__("flash3")(q, k, v, 0.1)
-    torch.testing.assert_close(actual, dense_attention_reference(q, k, v, scale=0.1))
 
 
 @pytest.mark.slow

@@ -1,0 +1,243 @@
+"""Optional attention libraries through stand-ins of their documented interfaces, in float64, with their own backward.
+
+The stand-ins check what the libraries check (layout, dtypes of the offsets, who is contiguous) and compute the
+gradients by the published formulae instead of autograd. What they cannot show is the libraries' own arithmetic.
+"""
+
+import importlib.machinery
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from afd_kernels import BlockCausalLayout, block_causal_attention, block_causal_attention_backends, cached_attention
+from afd_kernels.block_causal_attention_backends import (
+    DENSE_BACKENDS,
+    HUB_REPOSITORY,
+    VARLEN_BACKENDS,
+    best_dense_backend,
+    best_varlen_backend,
+    dense_backend,
+    is_installed,
+    varlen_backend,
+)
+
+LAYOUTS = [
+    BlockCausalLayout(7, 5, 3),
+    BlockCausalLayout(6, 3, 2, window_frames=3, sink_frames=1),
+    BlockCausalLayout(7, 3, 2, window_frames=3, sink_frames=1, first_chunk_frames=1, teacher_forcing=True),
+]
+
+
+class PackedAttention(torch.autograd.Function):
+    """Attention within segments of [tokens, heads, D]; backward from the saved log-sum-exp, as in the papers."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, segments: Any, scale: float) -> Any:
+        out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan, dtype=q.dtype)
+        for rows, keys in segments:
+            scores = scale * torch.einsum("qhd,khd->qhk", q[rows], k[keys])
+            lse[rows] = scores.logsumexp(-1)
+            out[rows] = torch.einsum("qhk,khd->qhd", (scores - lse[rows][..., None]).exp(), v[keys])
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        delta = (out * grads[0]).sum(-1, keepdim=True)
+        for rows, keys in ctx.segments:
+            p = (ctx.scale * torch.einsum("qhd,khd->qhk", q[rows], k[keys]) - lse[rows][..., None]).exp()
+            ds = p * (torch.einsum("qhd,khd->qhk", grads[0][rows], v[keys]) - delta[rows])
+            dq[rows] += ctx.scale * torch.einsum("qhk,khd->qhd", ds, k[keys])
+            dk[keys] += ctx.scale * torch.einsum("qhk,qhd->khd", ds, q[rows])
+            dv[keys] += torch.einsum("qhk,qhd->khd", p, grads[0][rows])
+        return dq, dk, dv, None, None
+
+
+def packed(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):
+    for x in (q, k, v):
+        assert x.ndim == 3
+        assert x.stride(-1) == 1
+        assert x.shape[1:] == q.shape[1:]
+    for starts, x, longest in ((starts_q, q, longest_q), (starts_k, k, longest_k)):
+        assert starts.dtype == torch.int32
+        assert starts.is_contiguous()
+        assert starts[0] == 0
+        assert starts[-1] == len(x)
+        assert type(longest) is int
+        assert starts.diff().max() == longest
+        assert starts.diff().min() > 0
+    edges = [[slice(a, b) for a, b in zip(s[:-1].tolist(), s[1:].tolist(), strict=True)] for s in (starts_q, starts_k)]
+    segments = list(zip(*edges, strict=True))
+    return PackedAttention.apply(q, k, v, segments, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def dense(q, k, v, scale):
+    """[B, N, heads, D], packed as FlashAttention does."""
+    assert q.ndim == k.ndim == v.ndim == 4
+    starts = [torch.arange(0, len(x) * x.shape[1] + 1, x.shape[1], dtype=torch.int32) for x in (q, k)]
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    return packed(*flat, *starts, q.shape[1], k.shape[1], scale).view_as(q)
+
+
+# The leading parameters of flash-attn 2.8 and of the `hopper` interface; the rest have defaults that are left alone.
+def flash2_dense(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    assert (dropout_p, causal) == (0.0, False)
+    return dense(q, k, v, softmax_scale)
+
+
+def flash2_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+):  # fmt: skip
+    assert (dropout_p, causal, window_size) == (0.0, False, (-1, -1))
+    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+
+
+def flash3_dense(q, k, v, softmax_scale=None, causal=False):
+    assert causal is False
+    return dense(q, k, v, softmax_scale), torch.zeros(())
+
+
+def flash3_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    seqused_q=None, seqused_k=None, softmax_scale=None, causal=False,
+):  # fmt: skip
+    assert (seqused_q, seqused_k, causal) == (None, None, False)
+    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale), torch.zeros(())
+
+
+def torch_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    assert window_size == (-1, -1)
+    return packed(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+
+
+def module(name: str, **members: Any) -> ModuleType:
+    made = ModuleType(name)
+    made.__dict__.update(members)
+    made.__spec__ = importlib.machinery.ModuleSpec(name, SimpleNamespace(), origin="stand-in")  # type: ignore[arg-type]
+    return made
+
+
+def forget_what_is_installed() -> None:
+    for cached in (is_installed, dense_backend, varlen_backend):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Every optional library there is, as a stand-in that takes float64."""
+
+    def get_kernel(repository: str) -> SimpleNamespace:
+        assert repository == HUB_REPOSITORY
+        return SimpleNamespace(flash_attn_func=flash3_dense)
+
+    members = {
+        "flash_attn": {"flash_attn_func": flash2_dense, "flash_attn_varlen_func": flash2_varlen},
+        "flash_attn_interface": {"flash_attn_func": flash3_dense, "flash_attn_varlen_func": flash3_varlen},
+        "kernels": {"get_kernel": get_kernel},
+        "torch.nn.attention.varlen": {"varlen_attn": torch_varlen},
+    }
+    for name, functions in members.items():
+        monkeypatch.setitem(sys.modules, name, module(name, **functions))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(block_causal_attention_backends, "FLASH_DTYPES", (torch.float64,))
+    forget_what_is_installed()
+    yield
+    forget_what_is_installed()
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """None of them."""
+    for name in ("flash_attn", "flash_attn_interface", "kernels"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    forget_what_is_installed()
+    yield
+    forget_what_is_installed()
+
+
+def with_grads(layout, impl, scale):
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, layout.num_tokens, 3, 8)
+    *inputs, upstream = (torch.randn(shape, generator=generator).double().transpose(1, 2) for _ in range(4))
+    for x in inputs:
+        x.requires_grad_()
+    out = block_causal_attention(*inputs, layout, impl=impl, scale=scale)
+    return dict(zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, inputs, upstream)), strict=True))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_every_library_gives_the_reference_with_gradients(layout, scale):
+    expected = with_grads(layout, "reference", scale)
+    impls = ["chunks:flash3", "chunks:flash2", "chunks:hub", *(f"varlen:{backend}" for backend in VARLEN_BACKENDS)]
+    for impl in [*impls, "varlen"]:
+        for name, got in with_grads(layout, impl, scale).items():
+            torch.testing.assert_close(
+                got, expected[name], rtol=1e-10, atol=1e-12, msg=lambda text, at=(impl, name): f"{at}: {text}"
+            )
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("impl", ["flash3", "flash2", "hub"])
+def test_cached_attention_calls_every_library(impl):
+    q, k, v = (torch.randn(2, 3, rows, 8, dtype=torch.float64) for rows in (4, 9, 9))
+    ranges = ((0, 2), (5, 9))
+    expected = cached_attention(q, k, v, impl="reference", key_ranges=ranges)
+    torch.testing.assert_close(cached_attention(q, k, v, impl=impl, key_ranges=ranges), expected)
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_best_installed_library_is_chosen():
+    assert best_dense_backend(is_cuda=True) == "flash3"
+    assert best_dense_backend(is_cuda=False) == "sdpa"
+    assert best_varlen_backend() == "flash3"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("impl", ["chunks:flash2", "chunks:flash3", "chunks:hub", "varlen:flash2", "varlen:torch"])
+def test_libraries_for_half_precision_refuse_the_rest(impl):
+    layout = LAYOUTS[0]
+    x = torch.zeros(1, 2, layout.num_tokens, 8)
+    with pytest.raises(ValueError, match=rf"'{impl.split(':')[1]}' takes .*, got torch.float32"):
+        block_causal_attention(x, x, x, layout, impl=impl)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    ("impl", "how"),
+    [
+        ("chunks:flash2", r"pip install -e '\.\[cuda\]'"),
+        ("chunks:flash3", "build FlashAttention's `hopper` folder"),
+        ("chunks:hub", "pip install kernels"),
+        ("chunks:cudnn", "use a CUDA build of torch with cuDNN"),
+        ("varlen:flash2", r"pip install -e '\.\[cuda\]'"),
+        ("varlen:flash3", "build FlashAttention's `hopper` folder"),
+        ("varlen:torch", "use a CUDA build of torch"),
+        ("varlen", r"needs a varlen kernel; to install one: pip install -e '\.\[cuda\]'"),
+    ],
+)
+def test_what_is_not_installed_says_how_to_install_it(impl, how):
+    layout = LAYOUTS[0]
+    x = torch.zeros(1, 2, layout.num_tokens, 8)
+    with pytest.raises(ImportError, match=how):
+        block_causal_attention(x, x, x, layout, impl=impl)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        dense_backend("fast")
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_folder_named_kernels_is_not_the_package(monkeypatch):
+    namespace = importlib.machinery.ModuleSpec("kernels", None, is_package=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: namespace if name == "kernels" else None)
+    assert not is_installed("hub")
+    assert set(filter(is_installed, DENSE_BACKENDS)) == {"sdpa"}
