@@ -10,8 +10,9 @@ velocity is `v = eps - x0`. Foreign layouts are converted at the border only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,10 @@ class VideoBatch:
     prompts: tuple[str, ...]
     latents: Tensor
     prompt_embeds: Tensor
+
+    def to(self, device: torch.device) -> VideoBatch:
+        """The same batch with what a model reads on a device; ids stay where they are."""
+        return replace(self, latents=self.latents.to(device), prompt_embeds=self.prompt_embeds.to(device))
 
 
 @dataclass(frozen=True)

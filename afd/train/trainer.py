@@ -68,7 +68,7 @@ class Trainer:
             shuffle=config.data.shuffle,
         )
         self.evaluator = HeldoutEvaluator(
-            to_batch(read_all(heldout_shards)), load_codec(config.encoders), config, world
+            to_batch(read_all(heldout_shards)).to(world.device), load_codec(config.encoders), config, world
         )
         self._samples: dict[str, np.ndarray] = {}
 
@@ -160,9 +160,7 @@ class Trainer:
         return {**floats, **timer.seconds, "time/step_s": time.perf_counter() - start}
 
     def _next_batch(self) -> VideoBatch:
-        batch = next(self.loader)
-        device = self.world.device
-        return VideoBatch(batch.sample_ids, batch.prompts, batch.latents.to(device), batch.prompt_embeds.to(device))
+        return next(self.loader).to(self.world.device)
 
     def _evaluate_at_intervals(self) -> dict[str, float]:
         """Held-out means for the step's own record: one object per step in metrics.jsonl."""

@@ -35,6 +35,12 @@ def test_world_and_collectives_under_each_launcher(collected: dict[str, Any]) ->
     assert collected["broadcast"] == "from 0"
 
 
+def test_silent_peer_is_given_up_after_the_timeout_in_groups_that_others_made(launch: Any) -> None:
+    seen = launch(WORKER.with_name("timeout_worker.py"), ranks=2)
+    assert 1.0 < seen["seconds"] < 20, "torch's own timeout is 1800 s"
+    assert seen["problem"]
+
+
 def test_ranks_with_different_plans_fail_instead_of_hanging(collected: dict[str, Any]) -> None:
     expected = "the step plan must be the same on every rank: rank 0 has ['rollout', 0], rank 1 ['rollout', 1]"
     assert collected["mismatch"] == (expected if collected["size"] == 2 else "")

@@ -182,6 +182,17 @@ def test_sample_command_writes_the_same_playable_video_twice(whole: Path, run: A
     assert (whole.parent / "a.mp4").read_bytes() == (whole.parent / "b.mp4").read_bytes()
 
 
+def test_evaluate_command_measures_what_the_run_measured(whole: Path, run: Any) -> None:
+    done = run([sys.executable, "-m", "afd.cli", "evaluate", "--checkpoint", str(whole)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    own = json.loads((whole / "evaluation.json").read_text())
+    again = json.loads((whole / "evaluation-ema.json").read_text())
+    assert (again["commit"], again["weights"]) == (newest_commit(whole).name, "ema")
+    assert again["student"] == own["student"]
+    assert again["teacher"] == own["teacher"]
+    assert "object_permanence" in done.stdout
+
+
 def test_sample_of_a_word_the_encoder_does_not_know_is_one_line(whole: Path, run: Any) -> None:
     afd = [str(Path(sys.executable).with_name("afd")), "sample", "--checkpoint", str(whole)]
     done = run([*afd, "--prompt", "a purple zeppelin explodes", "--out", str(whole.parent / "c.mp4")])

@@ -1,0 +1,62 @@
+"""`afd evaluate`: a checkpoint on the held-out prompts, by one process or by many."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from afd.config_file import ConfigError, load_config
+
+
+def add_to(commands: Any) -> None:
+    """Register the subcommands."""
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint on the held-out prompts")
+    evaluate.add_argument("--checkpoint", type=Path, required=True, help="a commit, or a run's output folder")
+    evaluate.add_argument("--weights", default="ema", help="ema, old, reference (the base student) or raw")
+    evaluate.add_argument(
+        "--out", type=Path, help="JSON to write (default: evaluation-WEIGHTS.json in the commit's run)"
+    )
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="over the run's own configuration"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from afd.data.loader import read_all, to_batch
+    from afd.distributed import close_world, init_world
+    from afd.evaluation.heldout import HeldoutEvaluator
+    from afd.evaluation.metric_facts import terminal_table
+    from afd.models.encoders import load_codec
+    from afd.preparation import shard_folders
+    from afd.train.checkpoint import CONFIG
+    from afd.train.restore import load_commit, resolve_commit
+
+    commit = resolve_commit(arguments.checkpoint)
+    config = load_config(commit / CONFIG, arguments.overrides)
+    out = arguments.out or commit.parents[1] / f"evaluation-{arguments.weights}.json"
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out must be in an existing folder, got {out}")
+    student, _ = load_commit(commit, average=None if arguments.weights == "raw" else arguments.weights)
+    read = to_batch(read_all(shard_folders(config)[1]))
+    world = init_world(config.timeout_s)
+    try:
+        evaluator = HeldoutEvaluator(read.to(world.device), load_codec(config.encoders), config, world)
+        roles = {"student": evaluator.evaluate(student.to(world.device)), "teacher": evaluator.evaluate_teacher()}
+    finally:
+        close_world()
+    if world.is_main:
+        plain = {name: _without_nan(summary) for name, summary in roles.items()}
+        record = {"commit": commit.name, "weights": arguments.weights, **plain}
+        out.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+        print(f"{terminal_table(roles)}\n\n{out}")
+
+
+def _without_nan(summary: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """JSON has no NaN: undefined numbers become null."""
+    return {
+        metric: {name: None if value != value else value for name, value in values.items()}
+        for metric, values in summary.items()
+    }
