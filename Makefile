@@ -12,7 +12,7 @@ ARGS ?=
 # The deepspeed launcher starts `python`: the environment's own must come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test test-slow test-gpu test-triton-3.6 test-browser check format clean
+.PHONY: help install run test test-slow test-gpu test-triton-3.6 test-browser test-slurm check format clean
 
 help:
 	@printf '%s\n' \
@@ -21,7 +21,8 @@ help:
 	  'make test-slow  tests that start processes or train' \
 	  'make test-gpu   tests that need a CUDA device' \
 	  'make test-browser  the live player in a headless chromium (apt-get installs it if need be)' \
-  'make test-triton-3.6  the kernels in the interpreter and as machine code with triton 3.6.0' \
+	  'make test-triton-3.6  the kernels in the interpreter and as machine code with triton 3.6.0' \
+	  'make test-slurm batch scripts under a real Slurm, installed by apt-get where absent (root)' \
 	  'make check      ruff, import-linter, basedpyright' \
 	  'make format     let ruff rewrite what it can' \
 	  'make install    the environment alone (UV=1: with uv)' \
@@ -67,6 +68,10 @@ $(OLD_TRITON_STAMP): $(STAMP)
 
 test-triton-3.6: $(OLD_TRITON_STAMP)
 	PYTHONPATH="$(CURDIR)/$(OLD_TRITON)" python -m pytest -q tests/afd_kernels $(ARGS)
+
+test-slurm: $(STAMP)
+	@tests/launch/slurm/install.sh
+	python -m pytest -q -m slurm
 
 check: $(STAMP)
 	ruff format --check .

@@ -22,7 +22,7 @@ TEMPLATES = Path(afd.__file__).parents[1] / "launch" / "slurm"
 KINDS = ("single", "srun", "torchrun", "deepspeed", "sweep", "prepare", "evaluate")
 SIGNAL_MARGIN_S = 60
 """Slurm may send the warning up to this much late: it looks at time limits about twice a minute."""
-_DIRECTIVE_SAFE = re.compile(r"[A-Za-z0-9_@%+=:,./-]")
+_DIRECTIVE_SAFE = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MAX_CHARS = 4096
 # `deepspeed --launcher slurm` puts these into srun's --export, where a comma ends a value.
@@ -86,6 +86,8 @@ class SlurmJob(Section):
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     mounts: tuple[str, ...] = ()
     """`SOURCE:TARGET` pairs to mount in the container, beside the checkout."""
+    health_check: bool = True
+    """Check GPUs, a collective, disk and shards before the start."""
     health_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """How long the health check may take, s."""
 
@@ -126,7 +128,8 @@ def shell_quote(value: object) -> str:
 def directive_quote(value: object) -> str:
     """One word of an `#SBATCH` line.
 
-    sbatch's own parser is no shell's: a backslash escapes inside quotes too, so backslashes alone are the safe way.
+    sbatch's own parser is no shell's: a backslash also escapes inside single quotes, and does not escape a space
+    outside them (found with Slurm 22.05).
 
     Raises:
         ValueError: as `shell_quote`, and for a value that is empty.
@@ -134,7 +137,9 @@ def directive_quote(value: object) -> str:
     text = _checked(str(value))
     if not text:
         raise ValueError("a Slurm option's value must not be empty")
-    return "".join(each if _DIRECTIVE_SAFE.fullmatch(each) else f"\\{each}" for each in text)
+    if _DIRECTIVE_SAFE.fullmatch(text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _checked(text: str) -> str:

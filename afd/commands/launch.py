@@ -52,6 +52,7 @@ def _add_slurm(actions: Any) -> None:
     slurm.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each node; 0 trains on CPUs")
     slurm.add_argument("--ranks-per-node", type=int, help="default: one per GPU, or 1")
     slurm.add_argument("--exclusive", action="store_true", help=fields["exclusive"].description)
+    slurm.add_argument("--no-health-check", action="store_true", help="start at once, without `afd launch check`")
     slurm.add_argument("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis")
     slurm.add_argument("--mount", action="append", default=[], metavar="SOURCE:TARGET", help="mount in the container")
     slurm.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable")
@@ -106,6 +107,7 @@ def _job(arguments: argparse.Namespace) -> SlurmJob:
             max_requeues=arguments.max_requeues,
             sweep_at_once=arguments.sweep_at_once,
             exclusive=arguments.exclusive,
+            health_check=not arguments.no_health_check,
             container_runtime=arguments.container_runtime,
             mounts=tuple(arguments.mount),
             environment=environment,

@@ -167,7 +167,8 @@ def test_endless_and_empty_values_are_refused() -> None:
 
 def test_directives_escape_what_sbatch_would_read_differently() -> None:
     assert directive_quote("gpu-a100:2,x_1.sh/%x=@+") == "gpu-a100:2,x_1.sh/%x=@+"
-    assert directive_quote("a b'\"#\\") == "a\\ b\\'\\\"\\#\\\\"
+    assert directive_quote('a b "#') == "'a b \"#'"
+    assert directive_quote("it's \\") == "'it\\'s \\\\'"
     assert "#SBATCH --output=out%%put/%x-%j.log\n" in render(job(log_dir="out%put"))
 
 
@@ -241,6 +242,16 @@ def test_staged_shards_are_what_the_run_reads(recorded: Recorded) -> None:
     own = ["a=1", "data.train_shards=/scratch/me/train", "data.heldout_shards=/scratch/me/heldout"]
     assert train[-3:] == check[-3:] == own
     assert "--ntasks=4" in train
+
+
+def test_health_check_can_be_left_out_and_its_failure_starts_nothing(recorded: Recorded) -> None:
+    assert recorded.run(render(job(health_check=False))).returncode == 0
+    assert len(recorded.calls("srun")) == 1
+    failing = render(job()).replace("launch check", "launch failing")
+    done = recorded.run(failing, EXIT_CODE="1")
+    assert done.returncode == 3
+    assert "nothing was started" in done.stderr
+    assert len(recorded.calls("srun")) == 2
 
 
 def test_pyxis_goes_to_srun_and_apptainer_before_the_command(recorded: Recorded) -> None:
