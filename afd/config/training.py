@@ -32,6 +32,11 @@ class RolloutSection(Section):
     """Time shift of the sampler's grid."""
     context_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Time t at which finished chunks become context: they are noised to it afresh, in rollouts and in training."""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "aot_eager"] = "none"
+    """Compile the blocks' fixed-shape step with this mode of `torch.compile` (`reduce-overhead` records CUDA graphs;
+    `aot_eager` traces only, for tests). Unmeasured on GPUs."""
+    batch_size: Positive | None = None
+    """Rollouts generated together; None takes the JSON's micro batch, though without gradients many more fit."""
     group_size: Positive = 4
     """Rollouts G per prompt; the prompts per step are the JSON's train_batch_size / G."""
     policy: Literal["current", "ema"] = "ema"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afd.models.kv_cache import KVCache
-from afd_kernels import BlockCausalLayout, block_causal_attention, cached_attention, rope_qk_norm
+from afd.models.kv_cache import LayerCache
+from afd_kernels import BlockCausalLayout, block_causal_attention, rope_qk_norm
 
 
 class RMSNorm(nn.Module):
@@ -73,7 +73,7 @@ class CausalSelfAttention(_Projections):
         rope: tuple[Tensor, Tensor],
         *,
         layout: BlockCausalLayout | None = None,
-        cache: tuple[KVCache, int] | None = None,
+        cache: LayerCache | None = None,
         impl: str | None = None,
     ) -> Tensor:
         """Attend.
@@ -82,7 +82,7 @@ class CausalSelfAttention(_Projections):
             x: [N, tokens, dim].
             rope: cos, sin [tokens, head_dim / 2].
             layout: who sees whom in a pass over the whole video; exactly one of layout and cache is given.
-            cache: (cache, layer index): x is the current chunk, which sees the cached frames and itself.
+            cache: this layer's: x is the current chunk, which sees the cached frames and itself.
             impl: implementation of the block-causal attention; None picks by device.
         Returns:
             [N, tokens, dim].
@@ -90,8 +90,7 @@ class CausalSelfAttention(_Projections):
         q, k = self._rotated_queries_keys(x, rope)
         v = self.split_heads(self.to_v(x))
         if cache is not None:
-            keys, values = cache[0].put(cache[1], k, v)
-            return self.project_out(cached_attention(q, keys, values))
+            return self.project_out(cache.attend(q, k, v))
         assert layout is not None
         return self.project_out(block_causal_attention(q, k, v, layout, impl=impl))
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from afd_kernels import cached_attention
+
 
 class KVCache:
     """Per-layer key/value buffers with a local window and sink frames.
@@ -115,3 +117,15 @@ class KVCache:
             keys[:, :, target] = k[:, :, source]
             values[:, :, target] = v[:, :, source]
         return keys[:, :, : self._visible], values[:, :, : self._visible]
+
+
+class LayerCache:
+    """One block's view of a cache: what its self-attention needs."""
+
+    def __init__(self, cache: KVCache, layer: int) -> None:
+        self.cache, self.layer = cache, layer
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the current chunk's keys and values and attend to everything it may see; all [N, heads, tokens, D]."""
+        keys, values = self.cache.put(self.layer, k, v)
+        return cached_attention(q, keys, values)

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from afd.config import StudentShape
 from afd.models.attention import CausalSelfAttention, CrossAttention
+from afd.models.compiled import CompileMode, block_step
 from afd.models.conditioning import ConditionEmbedder, FeedForward, ImageCondition
-from afd.models.kv_cache import KVCache
+from afd.models.kv_cache import KVCache, LayerCache
 from afd.models.three_velocities import LaggingPass
 from afd_kernels import BlockCausalLayout, adaln_modulate, gated_residual, rope_3d_table
 
@@ -70,7 +71,7 @@ class CausalBlock(nn.Module):
         prompt: Tensor | tuple[Tensor, ...],
         rope: tuple[Tensor, Tensor],
         layout: BlockCausalLayout | None,
-        cache: tuple[KVCache, int] | None,
+        cache: LayerCache | None,
         attention_impl: str | None,
         lagging: LaggingPass | None = None,
     ) -> Tensor:
@@ -110,6 +111,7 @@ class CausalStudent(nn.Module):
         super().__init__()
         self.shape = shape
         self.gradient_checkpointing = False
+        self.rollout_compile: CompileMode = "none"
         patch = shape.patch_size
         self.patch_embedding = nn.Conv3d(shape.in_channels, shape.dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(shape)
@@ -239,8 +241,9 @@ class CausalStudent(nn.Module):
         rope = self._rope(grid, frame_offset, noisy)
         x = self._patchify(self._with_condition(noisy, image or ImageCondition()))
         time, modulation = self.condition_embedder(t)
+        step = block_step(self.rollout_compile)
         for index, block in enumerate(self.blocks):
-            x = block(x, modulation, prompt[index], rope, None, (cache, index), self.shape.attention_impl)
+            x = step(block, x, modulation, prompt[index], rope, LayerCache(cache, index), self.shape.attention_impl)
         return self._head(x, time, grid).to(noisy.dtype)
 
     def prompt_keys_values(self, prompt_embeds: Tensor, *, image: ImageCondition | None = None) -> PromptKeysValues:

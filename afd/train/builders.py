@@ -84,6 +84,7 @@ def prepare_student(student: CausalStudent, config: RunConfig) -> CausalStudent:
             torch.manual_seed(config.seed)
             add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     student.gradient_checkpointing = config.student.gradient_checkpointing
+    student.rollout_compile = config.rollout.compile
     return student
 
 

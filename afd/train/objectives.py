@@ -67,12 +67,12 @@ def roll_out(roles: Roles, batch: VideoBatch, config: RunConfig, step: int, *, w
     keys = [(config.seed, ROLLOUT, step, i, g) for i in ids for g in range(group_size)]
     noise = rollout_noise(keys, times.num_noises, batch.latents.shape[1:]).to(batch.latents)
     embeds = batch.prompt_embeds.repeat_interleave(group_size, dim=0)
-    micro = roles.student.train_micro_batch_size_per_gpu()
+    batch_size = section.batch_size or roles.student.train_micro_batch_size_per_gpu()
     with ExitStack() as stack:
         if section.policy == "ema":
             stack.enter_context(roles.old.applied())
         student = stack.enter_context(gathered(roles.student))
-        parts = zip(embeds.split(micro), noise.split(micro), strict=True)
+        parts = zip(embeds.split(batch_size), noise.split(batch_size), strict=True)
         latents = torch.cat([rollout(student, prompt, eps, times) for prompt, eps in parts])
     first = world.rank * len(ids)
     group_ids = torch.arange(first, first + len(ids)).repeat_interleave(group_size)

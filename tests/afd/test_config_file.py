@@ -102,7 +102,7 @@ def test_deepspeeds_knobs_are_sent_to_its_json(tmp_path: Path, key: str) -> None
         ("discriminator.label_smoothing=0.5", "discriminator.label_smoothing: Input should be less than 0.5"),
         ("nft.nft_beta=.nan", "nft.nft_beta: "),
         ("rollout.steps=[1000, x]", "rollout.steps.1: Input should be a valid integer"),
-        ("rollout=4", "rollout must be a section with fields ['context_noise', 'first_chunk_steps', 'group_size', "),
+        ("rollout=4", "rollout must be a section with fields ['batch_size', 'compile', 'context_noise', "),
         ("rollout.group_size", "override must read section.field=value, got 'rollout.group_size'"),
         ("rollout..group_size=4", "override must read section.field=value, got 'rollout..group_size=4'"),
         ("seed.x=4", "override seed.x: 'seed' is a value, not a section"),

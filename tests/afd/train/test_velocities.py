@@ -11,8 +11,13 @@ FORWARD, BACKWARD, MICRO_BATCHES, ROLES = 1, 1, 2, 3
 
 
 @pytest.fixture(scope="module")
-def measured(launch: Any, tiny_inputs: Path) -> dict[str, Any]:
+def result(launch: Any, tiny_inputs: Path) -> dict[str, Any]:
     return launch(WORKER, str(tiny_inputs / "other.safetensors"), ranks=2)
+
+
+@pytest.fixture(scope="module")
+def measured(result: dict[str, Any]) -> dict[str, Any]:
+    return result["cases"]
 
 
 @pytest.mark.parametrize("case", ["full", "LoRA", "LoRA, bf16"])
@@ -60,3 +65,18 @@ def test_bf16_weights_train_through_float32_masters(measured: dict[str, Any], ca
 def test_offload_to_the_host_changes_no_number(measured: dict[str, Any]) -> None:
     assert measured["LoRA, offloaded"]["rows"] == measured["LoRA, one_gather"]["rows"]
     assert measured["LoRA, offloaded"]["weights"] == measured["LoRA, one_gather"]["weights"]
+
+
+def test_a_compiled_rollout_of_another_batch_size_trains_the_same(measured: dict[str, Any]) -> None:
+    rows = measured["LoRA, compiled and batched"]["rows"]
+    for mine, other in zip(rows, measured["LoRA, one_gather"]["rows"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)  # float32, other batches in the matrix products
+
+
+def test_either_mode_resumes_the_others_commits(result: dict[str, Any]) -> None:
+    for resume in result["resumes"]:
+        went_on, again = resume["rows"]
+        assert again == pytest.approx(went_on, rel=1e-6, abs=1e-6)
+        assert went_on["student/old_deviation"] > 1e-6
+        assert any(".lora_A.default." in name for name in resume["names"])
+        assert not any(".lora_A.old." in name or ".lora_B.old." in name for name in resume["names"])

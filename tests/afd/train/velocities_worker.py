@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from afd.config import RunConfig
-from afd.config_file import load_config
+from afd.config_file import dump_config, load_config
 from afd.distributed import close_world, init_world, seeded_generator
 from afd.models.lora import is_old_adapter
 from afd.train import objectives
 from afd.train.builders import build_roles
+from afd.train.checkpoint import load_checkpoint, read_student_weights, save_checkpoint
 from afd.train.engines import bare_module, consolidated_weights
-from afd.train.objectives import StepTimer, afd_step
+from afd.train.objectives import Roles, StepTimer, afd_step
 from afd.train.preflight import plan_run
 from afd.types import VideoBatch
 
@@ -106,12 +107,16 @@ class GatherCount:
         return self.elements / self.whole
 
 
+def roles_for(config: RunConfig, **more: Any) -> Roles:
+    student, discriminator = ds_config(3, **more), ds_config(2)
+    plan = plan_run(config, student, discriminator, world_size=world.size)
+    return build_roles(config, plan, student, discriminator, world=world)
+
+
 def run(*overrides: str, **more: Any) -> dict[str, Any]:
     """A few AFD steps, the gathers of the last one, and what became of the weights."""
     config = configuration(*overrides)
-    student, discriminator = ds_config(3, **more), ds_config(2)
-    plan = plan_run(config, student, discriminator, world_size=world.size)
-    roles = build_roles(config, plan, student, discriminator, world=world)
+    roles = roles_for(config, **more)
     counts = {"rollout": GatherCount(roles.student), "update": GatherCount(roles.student)}
     rows = []
     for step in range(STEPS):
@@ -128,6 +133,34 @@ def run(*overrides: str, **more: Any) -> dict[str, Any]:
         "dtype": str(next(bare_module(roles.student).parameters()).dtype),
         "masters": str(next(iter(weights[name] for name in old)).dtype) if world.is_main else "",
     }
+
+
+def resumed(saved_as: str, resumed_as: str) -> dict[str, Any]:
+    """The step after a commit, by the run that wrote it and by one that resumed it in another mode."""
+    config, other = (configuration(*LORA, f"nft.velocities={mode}") for mode in (saved_as, resumed_as))
+    roles, folder = roles_for(config), options.result.parent / f"{saved_as}_checkpoints"
+    for step in range(2):
+        afd_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
+
+    def engines(roles: Roles) -> dict[str, Any]:
+        return {"student": roles.student, "discriminator": roles.discriminator}
+
+    def averages(roles: Roles) -> dict[str, Any]:
+        return {"old": roles.old, "ema": roles.ema, "reference": roles.reference}
+
+    path = save_checkpoint(
+        folder, 2, engines=engines(roles), averages=averages(roles), state={}, config=dump_config(config)
+    )
+    again = roles_for(other)
+    load_checkpoint(path, engines=engines(again), averages=averages(again))
+    rows = [
+        {name: float(value) for name, value in metrics.items()}
+        for metrics in (
+            afd_step(roles, batch_at(2), config, 2, world=world, timer=StepTimer()),
+            afd_step(again, batch_at(2), other, 2, world=world, timer=StepTimer()),
+        )
+    ]
+    return {"rows": rows, "names": sorted(read_student_weights(path))}
 
 
 @contextmanager
@@ -170,6 +203,10 @@ result: dict[str, Any] = {
 }
 result["full, bf16"] = run("student.gradient_checkpointing=true", **BF16)
 result["LoRA, offloaded"] = run(*LORA, **OFFLOAD)
+batched = run("rollout.compile=aot_eager", "rollout.batch_size=4", *LORA)
+result["LoRA, compiled and batched"] = batched
+resumes = [resumed("one_gather", "three_passes"), resumed("three_passes", "one_gather")]
+result = {"cases": result, "resumes": resumes}
 if world.is_main:
     options.result.write_text(json.dumps(result))
 close_world()
