@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from afd.config.discriminator import DiscriminatorSection, DiscriminatorShape
+from afd.config.preparation import PrepareSection
 from afd.config.section import NonNegative, Positive, Section
 from afd.config.sources import FolderSection, HttpSection, LiveSection, PipelineSection
 from afd.config.student import LoRASection, PretrainSection, StudentSection, StudentShape, configured_shape
@@ -44,6 +45,7 @@ __all__ = [
     "NFTSection",
     "PhysicsConstants",
     "PipelineSection",
+    "PrepareSection",
     "PretrainSection",
     "RolloutSection",
     "RunConfig",
@@ -72,6 +74,7 @@ class RunConfig(Section):
     teacher: TeacherSection = TeacherSection()
     video: VideoSection = VideoSection()
     data: DataSection = DataSection()
+    prepare: PrepareSection = PrepareSection()
     encoders: EncodersSection = EncodersSection()
     student: StudentSection = StudentSection()
     discriminator: DiscriminatorSection = DiscriminatorSection()

@@ -145,8 +145,12 @@ def from_row(row: Mapping[str, Any]) -> Sample:
         seed=int(row["seed"]),
         fps=float(row["fps"]),
         sha256=row["sha256"],
-        **{name: row[name] for name in ("teacher_version", "licence", "short_prompt")},
-        **{name: float(row[name]) for name in ("duration_s", "motion", "brightness")},
+        teacher_version=row["teacher_version"],
+        licence=row["licence"],
+        short_prompt=row["short_prompt"],
+        duration_s=float(row["duration_s"]),
+        motion=float(row["motion"]),
+        brightness=float(row["brightness"]),
     )
 
 

@@ -7,19 +7,25 @@ keeps every frame as sharp as it was filmed.
 """
 
 import io
+import itertools
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import cv2
 import numpy as np
 from av.error import FFmpegError
 
+# Containers of finished videos. Left out: playlists and scripts that make FFmpeg open other files or addresses.
+_CONTAINERS = "mov,matroska,webm,gif,avi,mpegts,mpeg,flv,ogg,asf,ivf,yuv4mpegpipe"
+_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+# 8k is 7680 x 4320.
+MAX_SIDE = 8192
 UPSCALE = {"nearest": cv2.INTER_NEAREST, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -99,12 +105,13 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
     if size == 0:
         raise ValueError(f"{label}: empty file (0 bytes)")
     try:
-        with av.open(io.BytesIO(mp4) if isinstance(mp4, bytes) else str(mp4), mode="r") as container:
+        with _open(mp4) as container:
             if not container.streams.video:
                 kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
                 raise ValueError(f"{label}: no video stream, it holds {', '.join(kinds)}")
+            stream = container.streams.video[0]
             first = previous = None
-            for frame in container.decode(container.streams.video[0]):
+            for frame in _bounded(container, stream, label):
                 if frame.pts is None or frame.time_base is None:
                     raise ValueError(f"{label}: a frame has no time stamp")
                 time_s = float(frame.pts * frame.time_base)
@@ -115,6 +122,35 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
                 yield time_s - first, frame.to_ndarray(format="rgb24")
     except (FFmpegError, OSError) as error:
         raise ValueError(f"{label}: cannot be decoded as a video ({error})") from error
+
+
+def _open(mp4: bytes | str | Path) -> Any:
+    # A caption in another encoding must not stop the decoding of pictures.
+    source = io.BytesIO(mp4) if isinstance(mp4, bytes) else str(mp4)
+    return av.open(source, mode="r", options=dict(_OPEN_OPTIONS), metadata_errors="replace")
+
+
+def _bounded(container: Any, stream: Any, label: str) -> Iterator[Any]:
+    """Decode a stream's frames; refuse sizes that no video has before memory is taken for them."""
+    for frame in itertools.chain([stream], container.decode(stream)):
+        if max(frame.width or 0, frame.height or 0) > MAX_SIDE:
+            raise ValueError(
+                f"{label}: frames must be at most {MAX_SIDE} pixels a side, got {frame.width}x{frame.height}"
+            )
+        if frame is not stream:
+            yield frame
+
+
+def duration_s(mp4: bytes | str | Path) -> float:
+    """Length of a video as its container says, s; 0 when it does not say, or is no video."""
+    try:
+        with _open(mp4) as container:
+            stream = container.streams.video[0] if container.streams.video else None
+            if stream is not None and stream.duration and stream.time_base:
+                return max(0.0, float(stream.duration * stream.time_base))
+            return max(0.0, (container.duration or 0) / av.time_base)
+    except (FFmpegError, OSError):
+        return 0.0
 
 
 def _fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -203,7 +239,8 @@ def _encode_h264(pictures: np.ndarray, fps: float, crf: int) -> bytes:
             stream.height, stream.width = pictures.shape[1:3]
             stream.pix_fmt = "yuv420p"
             stream.thread_count = 1
-            stream.options = {"crf": str(crf), "preset": "medium"}
+            # With its macroblock tree on, x264 encodes very small frames differently from one call to the next.
+            stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0"}
             for picture in pictures:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
             container.mux(stream.encode())

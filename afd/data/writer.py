@@ -20,7 +20,7 @@ SHARD_BYTES = 32 << 20
 # Room left on the disk beyond what is known to be written.
 _FREE_RESERVE = 64 << 20
 # Rejects named in the log; all are in rejects.jsonl.
-_NUM_LOGGED = 20
+NUM_LOGGED = 20
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def write_shards(
         write_rejects(rejects, folder / REJECTS_FILE)
         summary = shards.finish(metadata, num_rejects=len(rejects))
         publish(folder, out)
-    log_rejects(rejects)
+    log_rejects(rejects, len(rejects))
     return replace(summary, path=out, rejects=tuple(rejects))
 
 
@@ -200,12 +200,12 @@ def require_samples(shards: ShardFolder, out: Path, rejects: Sequence[Reject]) -
         raise ValueError(f"no sample to write to {out} ({len(rejects)} rejected: {reasons})")
 
 
-def log_rejects(rejects: Sequence[Reject]) -> None:
-    """Warn of the first rejects by name, of the rest by number."""
-    for reject in rejects[:_NUM_LOGGED]:
+def log_rejects(rejects: Sequence[Reject], count: int) -> None:
+    """Warn of the first of `count` rejects by name, of the rest by number."""
+    for reject in rejects[:NUM_LOGGED]:
         logger.warning("rejected %s: %s", reject.source_id, reject.reason)
-    if len(rejects) > _NUM_LOGGED:
-        logger.warning("... and %d more, listed in %s", len(rejects) - _NUM_LOGGED, REJECTS_FILE)
+    if count > NUM_LOGGED:
+        logger.warning("... and %d more, listed in %s", count - NUM_LOGGED, REJECTS_FILE)
 
 
 def shards_match(path: Path, fingerprint: str) -> bool:

@@ -88,6 +88,18 @@ class TextEncoder:
         Raises:
             ValueError: a prompt is empty, longer than text_len tokens, or has a word the tokenizer does not know.
         """
+        tokens = self.tokenize(prompts)
+        hidden = self._model(**tokens).last_hidden_state.float() * tokens["attention_mask"][..., None]
+        out = hidden.new_zeros(len(prompts), self.text_len, hidden.shape[-1])
+        out[:, : hidden.shape[1]] = hidden
+        return out
+
+    def tokenize(self, prompts: Sequence[str]) -> Any:
+        """Token ids and mask of cleaned prompts, padded to the longest; checks what `encode` checks.
+
+        Raises:
+            ValueError: as `encode`.
+        """
         prompts = [clean_prompt(prompt) for prompt in prompts]
         tokens = self._tokenizer(prompts, padding=True, return_tensors="pt").to(self._device)
         lengths = tokens["attention_mask"].sum(1).tolist()
@@ -98,10 +110,7 @@ class TextEncoder:
             if unknown is not None and unknown in ids:
                 word = prompt.split()[ids.index(unknown)] if len(prompt.split()) == length else prompt
                 raise ValueError(f"prompt has a word this text encoder does not know: {word!r} in {prompt!r}")
-        hidden = self._model(**tokens).last_hidden_state.float() * tokens["attention_mask"][..., None]
-        out = hidden.new_zeros(len(prompts), self.text_len, hidden.shape[-1])
-        out[:, : hidden.shape[1]] = hidden
-        return out
+        return tokens
 
 
 def clean_prompt(prompt: str) -> str:

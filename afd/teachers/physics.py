@@ -111,6 +111,14 @@ class PhysicsTeacher:
             ValueError: the prompt is not a sentence of this world.
         """
         frames = render_scene(simulate(prompt, seed, self._constants), self._constants, seed=seed)
-        source = hashlib.sha256(f"{prompt}\n{seed}".encode()).hexdigest()[:16]
         mp4 = encode_mp4(frames, fps=self._constants.fps, crf=self._constants.crf)
-        return FinishedVideo(prompt, seed, mp4, f"physics-{self._name}-{source}")
+        return FinishedVideo(prompt, seed, mp4, self.source_id(prompt, seed))
+
+    @property
+    def version(self) -> str:
+        """Fingerprint of the world's constants."""
+        return self._name
+
+    def source_id(self, prompt: str, seed: int) -> str:
+        """The name of a video, known before it is made."""
+        return f"physics-{self._name}-{hashlib.sha256(f'{prompt}{chr(10)}{seed}'.encode()).hexdigest()[:16]}"

@@ -60,5 +60,7 @@ def test_shards_hold_the_teachers_videos_encoded(tmp_path: Path) -> None:
 
 def test_a_teacher_of_shards_cannot_be_queried(tmp_path: Path) -> None:
     config = RunConfig(teacher=TeacherSection(kind="shards"), output_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"teacher\.kind must be physics to query it, got 'shards'"):
+    with pytest.raises(
+        ValueError, match=r"teacher\.kind must be folder, http or pipeline to read videos, got 'shards'"
+    ):
         prepare_shards(config)

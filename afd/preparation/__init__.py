@@ -1,0 +1,40 @@
+"""Teacher videos to shards: decode, check, encode, write. What `afd prepare` and the quick start's first minute do.
+
+    intake.py     numbers the requests, splits them by prompt, refuses duplicates
+    pool.py       decoding processes that may die; results in order. worker.py is such a process, decoding.py its work
+    encoding.py   clips to rows: codec and text encoder, in batches
+    journal.py    what is done, on the disk after every row: a killed preparation goes on where it was
+    pipeline.py   all of it, as one loop
+
+Importing the package imports no torch: each decoding process does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from afd.config import RunConfig
+    from afd.data.writer import ShardSummary
+
+
+def shard_folders(config: RunConfig) -> tuple[Path, Path]:
+    """Training and held-out shard folders of a run, defaults filled in."""
+    data = config.output_dir / "data"
+    return config.data.train_shards or data / "train", config.data.heldout_shards or data / "heldout"
+
+
+def prepare_shards(config: RunConfig, *, overwrite: bool = False) -> dict[str, ShardSummary]:
+    """Read the teacher's videos and write both splits' shards; folders that already match are kept.
+
+    Returns:
+        The summaries of what was written, by split; empty when everything was there.
+    Raises:
+        ValueError: a folder (or an unfinished preparation) holds other shards and overwrite is False, a split would be
+            empty, or the teacher is not queryable.
+        OSError: the disk is too full.
+    """
+    from afd.preparation.pipeline import prepare
+
+    return prepare(config, overwrite=overwrite)

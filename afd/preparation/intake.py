@@ -1,0 +1,174 @@
+"""The requests of a source, numbered: which split each belongs to, which are refused as duplicates, which are done.
+
+Numbers follow the source's own order, so they, the splits and the refusals are the same in every run of the same
+source. What was seen is kept in a temporary SQLite database on the disk: memory does not grow with the videos.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from afd.data.schema import Reject
+from afd.teachers.base import SourceReject, SourceVideo, VideoRequest, VideoSource
+
+SPLITS = ("train", "heldout")
+SplitRule = Callable[[VideoRequest], str]
+
+
+def prompt_key(request: VideoRequest | SourceVideo) -> bytes:
+    """What makes two prompts the same: their words, whatever the case and the blanks; of an extended prompt, the
+    original's.
+    """
+    text = " ".join((request.short_prompt or request.prompt).casefold().split())
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def hash_split(heldout_fraction: float, lowest: bytes) -> SplitRule:
+    """Hold out the prompts whose hash falls below the fraction, and always the prompt with the lowest hash."""
+    limit = int(heldout_fraction * 2**64)
+
+    def split_of(request: VideoRequest) -> str:
+        key = prompt_key(request)
+        return "heldout" if int.from_bytes(key[:8], "big") < limit or key == lowest else "train"
+
+    return split_of
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a source would give, found out without making a video: a pass that wants nothing.
+
+    Attributes:
+        num_requests: requests.
+        digest: sha256 over every request, in order: another digest means other shards.
+        lowest: the lowest prompt key.
+        num_prompts: 0, 1 or 2, counted no further.
+    """
+
+    num_requests: int
+    digest: str
+    lowest: bytes
+    num_prompts: int
+
+
+def take_census(source: VideoSource) -> Census:
+    """Ask a source for its requests and refuse them all."""
+    digest, count, low, high = hashlib.sha256(), 0, b"", b""
+
+    def refuse(request: VideoRequest) -> bool:
+        nonlocal count, low, high
+        count += 1
+        text = "\0".join((request.source_id, str(request.seed), request.prompt, request.short_prompt))
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+        key = prompt_key(request)
+        low, high = min(low or key, key), max(high or key, key)
+        return False
+
+    for _ in source.videos(refuse):
+        pass
+    return Census(count, digest.hexdigest(), low, (low != b"") + (low != high))
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a source yielded: the number of its request (None for a reject without one), and the video or reject."""
+
+    number: int | None
+    split: str
+    given: SourceVideo | SourceReject
+
+    @property
+    def video(self) -> SourceVideo | None:
+        """The video, if it is one."""
+        return self.given if isinstance(self.given, SourceVideo) else None
+
+
+class Seen:
+    """Digests that came before, with the source_id that brought them: a temporary database outside of memory."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        self._database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, first TEXT, count INTEGER) WITHOUT ROWID")
+
+    def count(self, digest: bytes) -> int:
+        """Count one more of a digest and return how many there were before."""
+        insert = (
+            "INSERT INTO seen VALUES (?, '', 1) ON CONFLICT (digest) DO UPDATE SET count = count + 1 RETURNING count"
+        )
+        with self._lock:
+            return self._database.execute(insert, (digest,)).fetchone()[0] - 1
+
+    def first(self, digest: bytes, source_id: str) -> str:
+        """The source_id that brought a digest first; from now on this one, if none did."""
+        with self._lock:
+            self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, 1)", (digest, source_id))
+            return self._database.execute("SELECT first FROM seen WHERE digest = ?", (digest,)).fetchone()[0]
+
+    def close(self) -> None:
+        """Free the database."""
+        self._database.close()
+
+
+class Intake:
+    """A source's items with their numbers, from the first unfinished one.
+
+    Args:
+        source: asked in its own order.
+        split_of: names each request's split.
+        start: number of the first request that is not done.
+        videos_per_prompt: requests taken per prompt; None takes all.
+    """
+
+    def __init__(
+        self, source: VideoSource, split_of: SplitRule, *, start: int, videos_per_prompt: int | None = None
+    ) -> None:
+        self._source, self._split_of, self._start, self._limit = source, split_of, start, videos_per_prompt
+        self._lock = threading.Lock()
+        self._asked: dict[str, tuple[int, str]] = {}  # in flight: source_id -> number, split
+        self._refused: dict[int, Reject] = {}
+        self._next = 0
+        self._prompts = Seen()
+
+    def items(self) -> Iterator[Item]:
+        """Everything the source yields for requests from `start` on, and all rejects without a request.
+
+        Raises:
+            ValueError: the source yields a video it never asked about, or asks twice for one source_id.
+        """
+        for given in self._source.videos(self._is_wanted):
+            with self._lock:
+                number, split = self._asked.pop(given.source_id, (None, ""))
+            if number is None and isinstance(given, SourceVideo):
+                raise ValueError(f"source {self._source.teacher} gave {given.source_id!r}, which was not asked for")
+            yield Item(number, split, given)
+
+    def refused_below(self, number: int) -> list[tuple[int, Reject]]:
+        """Take the duplicates among the requests before `number`, in order."""
+        with self._lock:
+            taken = sorted(n for n in self._refused if n < number)
+            return [(n, self._refused.pop(n)) for n in taken]
+
+    @property
+    def num_asked(self) -> int:
+        """Requests asked about so far."""
+        return self._next
+
+    def _is_wanted(self, request: VideoRequest) -> bool:
+        over = self._limit is not None and self._prompts.count(prompt_key(request)) >= self._limit
+        with self._lock:
+            number, self._next = self._next, self._next + 1
+            if number < self._start:
+                return False
+            if over:
+                reason = f"the prompt already has {self._limit} (prepare.videos_per_prompt)"
+                self._refused[number] = Reject(request.source_id, reason)
+                return False
+            if request.source_id in self._asked:
+                raise ValueError(f"source_id must be unique, got {request.source_id!r} twice")
+            self._asked[request.source_id] = (number, self._split_of(request))
+            return True

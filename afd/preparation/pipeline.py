@@ -1,0 +1,333 @@
+"""A source of finished videos to two folders of shards: the loop around decoding, encoding and writing.
+
+Requests are taken in blocks of `prepare.batch_size` by their number. A block is decoded in parallel, encoded as one
+batch, and noted row by row. A preparation that was killed encodes its unfinished block again as the same batch and
+skips the rows it has, so that its shards come out byte for byte as without the interruption.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from afd.config import RunConfig
+from afd.data.schema import Reject, Sample, settings_fingerprint
+from afd.data.writer import (
+    NUM_LOGGED,
+    REJECTS_FILE,
+    ShardFolder,
+    ShardSummary,
+    encode_sample,
+    log_rejects,
+    publish,
+    require_samples,
+    shards_match,
+    write_rejects,
+)
+from afd.preparation import shard_folders
+from afd.preparation.decoding import Clip
+from afd.preparation.encoding import ClipEncoder
+from afd.preparation.intake import (
+    SPLITS,
+    Census,
+    Intake,
+    Item,
+    Seen,
+    SplitRule,
+    hash_split,
+    prompt_key,
+    take_census,
+)
+from afd.preparation.journal import Journal, Progress
+from afd.preparation.pool import DecoderPool
+from afd.teachers.base import SourceVideo, VideoRequest, VideoSource
+from afd.teachers.physics import PhysicsTeacher, heldout_prompts, training_prompts
+from afd.teachers.sources import GeneratedSource, open_source
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: RunConfig, *, overwrite: bool = False) -> dict[str, ShardSummary]:
+    """See `afd.preparation.prepare_shards`."""
+    source, split_of = open_split_source(config)
+    census = take_census(source)
+    split_of = split_of or _hash_split(config, census)
+    settings = {split: _settings(config, source, census, split) for split in SPLITS}
+    plan = _Plan(config, source, split_of, census, settings, dict(zip(SPLITS, shard_folders(config), strict=True)))
+    todo = [split for split in SPLITS if not plan.is_published(split)]
+    if not todo:
+        plan.tidy_up()
+        return {}
+    if overwrite:
+        plan.discard_foreign_work()
+    for split in todo:
+        if plan.outs[split].exists() and not overwrite:
+            raise ValueError(f"{plan.outs[split]} exists already with other settings: give --overwrite to replace it")
+    return _Preparation(plan, todo).run()
+
+
+def open_split_source(config: RunConfig) -> tuple[VideoSource, SplitRule | None]:
+    """The configured source of videos, and its own split where it has one."""
+    if config.teacher.kind != "physics":
+        return open_source(config), None
+    teacher = PhysicsTeacher(config.teacher.physics)
+    train = training_prompts(config.teacher.num_prompts)
+    heldout = heldout_prompts(config.teacher.num_heldout_prompts)
+    requests = [
+        VideoRequest(prompt, number, teacher.source_id(prompt, number))
+        for prompts in (train, heldout)
+        for number, prompt in enumerate(prompts)
+    ]
+    source = GeneratedSource(teacher, requests, teacher="physics", version=teacher.version)
+    held = frozenset(heldout)
+    return source, lambda request: "heldout" if request.prompt in held else "train"
+
+
+def _hash_split(config: RunConfig, census: Census) -> SplitRule:
+    if census.num_prompts < 2:
+        raise ValueError(
+            f"the teacher must offer at least 2 different prompts, one to train on and one to hold out, "
+            f"got {census.num_prompts} in {census.num_requests} requests"
+        )
+    return hash_split(config.prepare.heldout_fraction, census.lowest)
+
+
+def _settings(config: RunConfig, source: VideoSource, census: Census, split: str) -> dict[str, object]:
+    """Everything that decides the content of a split's shards; equal settings mean equal shards."""
+    how = {"device", "workers", "video_timeout_s", "max_video_mib"}
+    return {
+        "split": split,
+        "teacher": {"kind": config.teacher.kind, "name": source.teacher, "version": source.version},
+        "requests": census.digest,
+        "video": config.video.model_dump(mode="json"),
+        "encoders": config.encoders.model_dump(mode="json"),
+        "prepare": config.prepare.model_dump(mode="json", exclude=how),
+    }
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is prepared, and where: shards grow in hidden folders beside the ones they become."""
+
+    config: RunConfig
+    source: VideoSource
+    split_of: SplitRule
+    census: Census
+    settings: dict[str, dict[str, object]]
+    outs: dict[str, Path]
+
+    def is_published(self, split: str) -> bool:
+        return shards_match(self.outs[split], settings_fingerprint(self.settings[split]))
+
+    def staging(self, split: str) -> Path:
+        out = Path(os.path.abspath(self.outs[split]))
+        return out.with_name(f".{out.name}.partial")
+
+    @property
+    def work_folder(self) -> Path:
+        out = Path(os.path.abspath(self.outs["train"]))
+        return out.with_name(f".{out.name}.work")
+
+    @property
+    def fingerprint(self) -> str:
+        return settings_fingerprint(self.settings)
+
+    def open_journal(self) -> Journal:
+        return Journal(self.work_folder, self.fingerprint, SPLITS)
+
+    def tidy_up(self) -> None:
+        """Drop the work folder of a preparation that was killed after its shards were in place."""
+        if self.work_folder.exists():
+            journal = self.open_journal()
+            journal.discard()
+            journal.close()
+
+    def discard_foreign_work(self) -> None:
+        """Drop an unfinished preparation with other settings."""
+        try:
+            self.open_journal().close()
+        except ValueError as error:
+            if "other settings" not in str(error):
+                raise
+            logger.warning("dropping the unfinished preparation in %s", self.work_folder)
+            self.discard_work()
+
+    def discard_work(self) -> None:
+        for folder in (self.work_folder, *(self.staging(split) for split in SPLITS)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Preparation:
+    """One pass over the source, from where the journal ends."""
+
+    def __init__(self, plan: _Plan, todo: list[str]) -> None:
+        self._plan, self._todo = plan, todo
+        self._journal = plan.open_journal()
+        progress, keys = self._journal.replay()
+        if not self._has_shards(progress):
+            logger.warning("the unfinished preparation in %s lost shards: starting again", plan.work_folder)
+            self._journal.close()
+            plan.discard_work()
+            self._journal = plan.open_journal()
+            progress, keys = self._journal.replay()
+        self._videos = Seen()
+        for key, source_id in keys:
+            self._videos.first(key, source_id)
+        self._done, self._is_complete = progress.last_number, progress.is_complete
+        self._num_free, self._num_rejects = progress.num_free, progress.num_rejects
+        self._folders = {split: self._open_folder(split, progress) for split in SPLITS}
+
+    def run(self) -> dict[str, ShardSummary]:
+        prepare, total = self._plan.config.prepare, self._plan.census.num_requests
+        size = prepare.batch_size
+        start = (self._done + 1) // size * size
+        intake = Intake(
+            self._plan.source, self._plan.split_of, start=start, videos_per_prompt=prepare.videos_per_prompt
+        )
+        bar = tqdm(total=total, initial=start, desc="teacher videos", unit="video", disable=None)
+        try:
+            if not self._is_complete:
+                for number, results in self._blocks(intake, size):
+                    self._finish_block(results, intake.refused_below(number))
+                    bar.set_postfix(rejected=self._num_rejects, refresh=False)
+                    bar.update(min(number, total) - bar.n)
+                self._journal.add_end()
+            return self._publish()
+        finally:
+            bar.close()
+            self._videos.close()
+            self._journal.close()
+
+    def _has_shards(self, progress: Progress) -> bool:
+        """Whether every closed shard the journal knows is where it was put; published splits need none."""
+        for split in self._todo:
+            folder = self._plan.staging(split)
+            for entry in progress.splits[split].entries:
+                path = folder / entry["zip_data"]["basename"]
+                if not path.is_file() or path.stat().st_size != entry["zip_data"]["bytes"]:
+                    return False
+        return True
+
+    def _open_folder(self, split: str, progress: Progress) -> ShardFolder | None:
+        """The split's folder with what it holds already; None when it is published."""
+        if split not in self._todo:
+            return None
+        folder, state = self._plan.staging(split), progress.splits[split]
+        if not state.entries:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        shard_bytes = int(self._plan.config.prepare.shard_mib * 2**20)
+        shards = ShardFolder(
+            folder, shard_bytes=shard_bytes, entries=state.entries, common=state.common, teachers=state.teachers
+        )
+        for row in state.rows:
+            shards.add(row)
+        return shards
+
+    def _blocks(self, intake: Intake, size: int) -> Iterator[tuple[int, list[tuple[Item, Any]]]]:
+        """Blocks of (item, Clip or reason or None), each with the number its requests lie below."""
+        encoder, prepare = ClipEncoder(self._plan.config), self._plan.config.prepare
+        self._encoder = encoder
+        default = 0 if self._plan.config.teacher.kind == "physics" else max(1, (os.cpu_count() or 2) - 1)
+        workers = default if prepare.workers is None else prepare.workers
+        pool = DecoderPool(encoder.clip_format, num_workers=workers, timeout_s=prepare.video_timeout_s)
+        num_free = 0
+        block: list[tuple[Item, Any]] = []
+        for item, result in pool.map(intake.items(), lambda item: item.video):
+            if item.number is None:
+                num_free += 1
+                if num_free > self._num_free:
+                    self._reject(None, Reject(item.given.source_id, getattr(item.given, "reason", "")))
+                continue
+            if block and item.number // size != (block[0][0].number or 0) // size:
+                yield item.number // size * size, block
+                block = []
+            block.append((item, result))
+        yield intake.num_asked, block
+
+    def _finish_block(self, results: list[tuple[Item, Any]], refused: list[tuple[int, Reject]]) -> None:
+        """Encode what is left of a block, and note everything of it in the order of the numbers."""
+        events = [_Event(number, reject) for number, reject in refused]
+        batch: list[tuple[SourceVideo, Clip]] = []
+        waiting: list[tuple[int, str, bytes | None]] = []
+        for item, result in results:
+            video, number, key = item.video, item.number or 0, None
+            problem = result if isinstance(result, str) else getattr(item.given, "reason", "")
+            if video is not None and isinstance(result, Clip):
+                key = self._video_key(video, result)
+                first = self._videos.first(key, video.source_id) if key else video.source_id
+                if first == video.source_id:
+                    batch.append((video, result))
+                    waiting.append((number, item.split, key))
+                    continue
+                problem = f"the same video as {first}"
+            events.append(_Event(number, Reject(item.given.source_id, problem)))
+        encoded = self._encoder.encode(batch) if batch else []
+        events += [
+            _Event(number, made, split, key) for (number, split, key), made in zip(waiting, encoded, strict=True)
+        ]
+        for event in sorted(events, key=lambda event: event.number):
+            if event.number > self._done:
+                self._note(event)
+
+    def _video_key(self, video: SourceVideo, clip: Clip) -> bytes | None:
+        """What must not come twice, by `prepare.dedupe_videos`."""
+        policy, digest = self._plan.config.prepare.dedupe_videos, bytes.fromhex(clip.sha256)
+        return {"any": digest, "prompt": digest + prompt_key(video), "off": None}[policy]
+
+    def _note(self, event: _Event) -> None:
+        """Write a sample to its folder and the journal, or a reject to the journal."""
+        made, folder = event.made, self._folders.get(event.split)
+        if isinstance(made, Sample) and folder is not None:
+            try:
+                row = encode_sample(made)
+                closed = folder.add(row)
+            except ValueError as error:
+                made = Reject(made.source_id, str(error))
+            else:
+                self._journal.add_row(event.number, event.split, row, closed, event.key)
+        if isinstance(made, Reject):
+            self._reject(event.number, made, event.key)
+
+    def _reject(self, number: int | None, reject: Reject, key: bytes | None = None) -> None:
+        self._num_rejects += 1
+        self._journal.add_reject(number, reject, key)
+
+    def _publish(self) -> dict[str, ShardSummary]:
+        """Finish both folders, put them in place, and drop the work folder."""
+        rejects = list(itertools.islice(self._journal.rejects(), NUM_LOGGED + 1))
+        for split, folder in self._folders.items():
+            if folder is not None:
+                require_samples(folder, self._plan.outs[split], rejects)
+        log_rejects(rejects, self._num_rejects)
+        summaries: dict[str, ShardSummary] = {}
+        for split in reversed(SPLITS):  # the training folder, which holds the rejects, comes last
+            folder, out = self._folders[split], Path(os.path.abspath(self._plan.outs[split]))
+            if folder is None:
+                continue
+            count = 0
+            if split == "train":
+                count = write_rejects(self._journal.rejects(), folder.folder / REJECTS_FILE)
+            summary = folder.finish(self._plan.settings[split], num_rejects=count)
+            publish(folder.folder, out)
+            summaries[split] = replace(summary, path=out, rejects=tuple(rejects) if count else ())
+        self._journal.discard()
+        return {split: summaries[split] for split in SPLITS if split in summaries}
+
+
+@dataclass(frozen=True)
+class _Event:
+    """What became of one request."""
+
+    number: int
+    made: Sample | Reject
+    split: str = ""
+    key: bytes | None = None
