@@ -8,7 +8,7 @@ is `afd.config_file`'s.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ from afd.config.teacher import DataSection, EncodersSection, PhysicsConstants, T
 from afd.config.training import (
     AveragesSection,
     CheckpointSection,
+    DMDSection,
     EvaluationSection,
     LRSchedule,
     NFTSection,
@@ -32,6 +33,7 @@ from afd.config.training import (
 __all__ = [
     "AveragesSection",
     "CheckpointSection",
+    "DMDSection",
     "DataSection",
     "DiscriminatorSection",
     "DiscriminatorShape",
@@ -65,6 +67,9 @@ class RunConfig(Section):
 
     seed: NonNegative = 0
     """Seed of every random choice."""
+    objective: Literal["afd", "sft", "gan", "dmd"] = "afd"
+    """What the student minimises: adversarial flow distillation; flow matching on teacher videos; the discriminator's
+    gradient through the rollout's last step; the difference of a real and a fake score."""
     num_steps: Positive = 200
     """Student steps."""
     output_dir: Path = Path("outputs/quickstart")
@@ -80,6 +85,7 @@ class RunConfig(Section):
     discriminator: DiscriminatorSection = DiscriminatorSection()
     rollout: RolloutSection = RolloutSection()
     nft: NFTSection = NFTSection()
+    dmd: DMDSection = DMDSection()
     averages: AveragesSection = AveragesSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()

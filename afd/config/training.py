@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -40,7 +41,8 @@ class RolloutSection(Section):
     group_size: Positive = 4
     """Rollouts G per prompt; the prompts per step are the JSON's train_batch_size / G."""
     policy: Literal["current", "ema"] = "ema"
-    """Whose weights roll out and give v_old: the student's own, or the lagging old policy's."""
+    """Whose weights roll out and give v_old: the student's own, or the lagging old policy's. Objectives gan and dmd
+    always roll out the student's own."""
 
 
 class NFTSection(Section):
@@ -58,14 +60,28 @@ class NFTSection(Section):
     """Scale of the advantages; all reduce over every rank."""
     advantage_clip: Annotated[float, Field(gt=0)] = 5.0
     """Normalised advantage that saturates the optimality weight."""
-    time_sampling: Literal["grid", "uniform", "logit_normal"] = "grid"
-    """Times of the forward process, one per chunk; `grid` draws the sampler's own."""
+    time_sampling: Literal["grid", "uniform", "logit_normal", "terminal"] = "grid"
+    """Times of the forward process, one per chunk; `grid` draws the sampler's own, `terminal` takes its last alone
+    (credit for the last denoising step only: an ablation)."""
     velocities: Literal["one_gather", "three_passes"] = "one_gather"
     """How v, v_old and v_ref are computed under ZeRO-3; the numbers agree. `one_gather`: with LoRA all three go through
     each block while its frozen weights are gathered once; with full fine-tuning each role is gathered once for all
     micro batches. `three_passes` gathers block by block for every role and micro batch: least memory."""
     updates_per_rollout: Positive = 1
     """Optimizer steps on each batch of rollouts."""
+
+
+class DMDSection(Section):
+    """Distribution matching distillation, read when objective is dmd."""
+
+    real_score: Path | None = None
+    """Student file whose velocity stands for the teacher's score; the critic starts from it."""
+    ds_config: Path = Path("configs/zero3.json")
+    """DeepSpeed JSON of the critic's engine."""
+    critic_steps: Positive = 5
+    """Critic updates per student update."""
+    time_range: tuple[Fraction, Fraction] = (0.02, 0.98)
+    """Times at which the scores are compared, before the shift."""
 
 
 class AveragesSection(Section):
@@ -77,7 +93,8 @@ class AveragesSection(Section):
     """Decay of the old policy: `constant` is old_policy_decay; the others are DiffusionNFT's min(0.001 s, 0.5) and
     0 for s < 75 then min(0.0075 (s - 75), 0.999), s = optimizer steps."""
     old_policy_decay: Fraction = 0.9
-    """Decay when old_policy is constant; 0 makes it the previous step's student."""
+    """Decay when old_policy is constant; 0 makes it the previous step's student, 1 keeps it the initial one (rollouts
+    never follow the student: the off-policy ablation)."""
 
 
 class EvaluationSection(Section):

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-TimeSampling = Literal["grid", "uniform", "logit_normal"]
+TimeSampling = Literal["grid", "uniform", "logit_normal", "terminal"]
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -69,10 +69,11 @@ def chunk_times(
     Args:
         uniforms: [N, chunks] in [0, 1).
         chunk_lengths: frames of each chunk; they add up to F.
-        sampling: "grid" draws from the sampler's own times, "uniform" and "logit_normal" draw t and warp it by shift.
-        grid: the sampler's times, read for "grid".
+        sampling: "grid" draws from the sampler's own times, "terminal" takes the last of them; "uniform" and
+            "logit_normal" draw t and warp it by shift.
+        grid: the sampler's times, read for "grid" and "terminal".
         shift: time shift, read for the other two.
-        first_grid: the first chunk's own times where they differ, read for "grid".
+        first_grid: the first chunk's own times where they differ.
     Returns:
         [N, F] float32 in [0, 1].
     Raises:
@@ -83,17 +84,18 @@ def chunk_times(
             f"uniforms must be [N, {len(chunk_lengths)}] for chunks of {list(chunk_lengths)} frames, "
             f"got {list(uniforms.shape)}"
         )
-    if sampling == "grid":
-        t = _pick(uniforms, grid)
+    if sampling in ("grid", "terminal"):
+        choices = slice(None) if sampling == "grid" else slice(-1, None)
+        t = _pick(uniforms, grid[choices])
         if first_grid is not None:
-            t[:, :1] = _pick(uniforms[:, :1], first_grid)
+            t[:, :1] = _pick(uniforms[:, :1], first_grid[choices])
     elif sampling == "uniform":
         t = shift_time(uniforms.float(), shift)
     elif sampling == "logit_normal":
         normal = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
         t = shift_time(torch.sigmoid(normal).float(), shift)
     else:
-        raise ValueError(f"time sampling must be grid, uniform or logit_normal, got {sampling!r}")
+        raise ValueError(f"time sampling must be grid, terminal, uniform or logit_normal, got {sampling!r}")
     return t.repeat_interleave(torch.tensor(list(chunk_lengths), device=t.device), dim=1)
 
 

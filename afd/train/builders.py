@@ -11,8 +11,8 @@ from afd.models.lora import add_lora, add_old_adapter, old_adapter_name
 from afd.models.student import CausalBlock, CausalStudent
 from afd.models.weights import load_student
 from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_ramp_to_half
-from afd.train.ds_config import DSConfig
-from afd.train.engines import build_engine
+from afd.train.ds_config import DSConfig, load_ds_config
+from afd.train.engines import Engine, build_engine
 from afd.train.objectives import Roles
 from afd.train.preflight import RunPlan
 from afd.train.replay import RolloutReplay
@@ -37,7 +37,10 @@ def roles_around(
         discriminator = LatentDiscriminator(config.discriminator.shape).to(world.device)
     student_engine = build_engine(student, ds_student, leaf_modules=(CausalBlock,))
     averages = config.averages
+    critic, real_score = _build_scores(config, world=world)
     return Roles(
+        critic=critic,
+        real_score=real_score,
         student=student_engine,
         discriminator=build_engine(discriminator, ds_discriminator),
         old=ParameterAverage(
@@ -50,6 +53,15 @@ def roles_around(
         reference=ParameterAverage(student_engine, decay=1.0, name="reference"),
         replay=RolloutReplay(num_steps=config.discriminator.replay_steps, share=config.discriminator.replay_share),
     )
+
+
+def _build_scores(config: RunConfig, *, world: World) -> tuple[Engine | None, CausalStudent | None]:
+    """The critic's engine and the frozen real score of objective dmd, both from the same file."""
+    if config.objective != "dmd" or config.dmd.real_score is None:
+        return None, None
+    real_score = load_student(config.dmd.real_score).to(world.device).requires_grad_(False)
+    critic = load_student(config.dmd.real_score).to(world.device)
+    return build_engine(critic, load_ds_config(config.dmd.ds_config), leaf_modules=(CausalBlock,)), real_score
 
 
 def build_student(config: RunConfig, plan: RunPlan) -> CausalStudent:

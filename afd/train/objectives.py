@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afd.config import RunConfig
 from afd.diffusion.advantage import group_advantage, normalise_advantage, optimality_weight
 from afd.distributed import World, gather_cat, seeded_generator
-from afd.rollout import rollout, rollout_noise, sampler_times
+from afd.rollout import SamplerTimes, rollout, rollout_noise, sampler_times
 from afd.train.averaging import ParameterAverage
 from afd.train.discriminator_update import score, update_discriminator
 from afd.train.engines import Engine, gathered
@@ -22,12 +22,12 @@ from afd.train.student_update import make_noised_states, update_student, velocit
 from afd.types import NoisedStates, Rollout, VideoBatch
 
 _HISTOGRAM_BINS = 10
-ROLLOUT, DISCRIMINATOR, FORWARD, EVALUATION, REPLAY = range(5)  # seed streams: no two uses share random numbers
+ROLLOUT, DISCRIMINATOR, FORWARD, EVALUATION, REPLAY, EXIT = range(6)  # seed streams: no two uses share random numbers
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Everything that learns, lags or remembers: two engines, three averages of the student, earlier rollouts."""
+    """Everything that learns, lags or remembers: the engines, three averages of the student, earlier rollouts."""
 
     student: Engine
     discriminator: Engine
@@ -35,6 +35,10 @@ class Roles:
     ema: ParameterAverage
     reference: ParameterAverage
     replay: RolloutReplay
+    critic: Engine | None = None
+    """The fake score of objective dmd: a velocity model of the student's own clips."""
+    real_score: nn.Module | None = None
+    """The real score of objective dmd: a frozen velocity model of the teacher's videos."""
 
 
 class StepTimer:
@@ -59,24 +63,39 @@ def sample_generators(batch: VideoBatch, group_size: int, *keys: int) -> list[to
     return [seeded_generator(*keys, int(i), g) for i in batch.sample_ids.tolist() for g in range(group_size)]
 
 
-def roll_out(roles: Roles, batch: VideoBatch, config: RunConfig, step: int, *, world: World) -> Rollout:
-    """x^S: G student samples per prompt by the configured policy, parameters gathered once, no gradient."""
-    group_size, section = config.rollout.group_size, config.rollout
-    times = sampler_times(section)
+def roll_out(
+    roles: Roles, batch: VideoBatch, config: RunConfig, step: int, *, world: World, times: SamplerTimes | None = None,
+    policy: str | None = None,
+) -> tuple[Rollout, Tensor]:  # fmt: skip
+    """x^S: G student samples per prompt, parameters gathered once, no gradient; and the noise they were made from.
+
+    Args:
+        roles: the student and its averages.
+        batch: this rank's B prompts.
+        config: the run's.
+        step: seeds the noise.
+        world: this process's place.
+        times: when to denoise; default the configured.
+        policy: "current" or "ema"; default the configured.
+    Returns:
+        The rollouts, and noise [N, S, C, F, H, W] as `rollout` reads it.
+    """
+    group_size = config.rollout.group_size
+    times = times or sampler_times(config.rollout)
     ids = batch.sample_ids.tolist()
     keys = [(config.seed, ROLLOUT, step, i, g) for i in ids for g in range(group_size)]
     noise = rollout_noise(keys, times.num_noises, batch.latents.shape[1:]).to(batch.latents)
     embeds = batch.prompt_embeds.repeat_interleave(group_size, dim=0)
     batch_size = section.batch_size or roles.student.train_micro_batch_size_per_gpu()
     with ExitStack() as stack:
-        if section.policy == "ema":
+        if (policy or config.rollout.policy) == "ema":
             stack.enter_context(roles.old.applied())
         student = stack.enter_context(gathered(roles.student))
         parts = zip(embeds.split(batch_size), noise.split(batch_size), strict=True)
         latents = torch.cat([rollout(student, prompt, eps, times) for prompt, eps in parts])
     first = world.rank * len(ids)
     group_ids = torch.arange(first, first + len(ids)).repeat_interleave(group_size)
-    return Rollout(latents, embeds, group_ids, batch.sample_ids.repeat_interleave(group_size))
+    return Rollout(latents, embeds, group_ids, batch.sample_ids.repeat_interleave(group_size)), noise
 
 
 def weigh(scores: Tensor, config: RunConfig, *, world: World) -> tuple[Tensor, dict[str, Tensor]]:
@@ -109,7 +128,7 @@ def warmup_step(
 ) -> dict[str, Tensor]:
     """Discriminator only: the student does not move until D has something to say."""
     with timer.phase("rollout"):
-        x_s = roll_out(roles, teacher, config, step, world=world)
+        x_s, _ = roll_out(roles, teacher, config, step, world=world)
     with timer.phase("discriminator"):
         generators = sample_generators(teacher, config.rollout.group_size, config.seed, DISCRIMINATOR, step)
         pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))
@@ -154,7 +173,7 @@ def afd_step(
     """
     nft, group_size = config.nft, config.rollout.group_size
     with timer.phase("rollout"):
-        x_s = roll_out(roles, teacher, config, step, world=world)  # (2)
+        x_s, _ = roll_out(roles, teacher, config, step, world=world)  # (2)
     metrics: dict[str, Tensor] = {}
     with timer.phase("discriminator"):
         pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))

@@ -25,7 +25,7 @@ from afd.planning.refusals import check_divides, check_fits
 from afd.planning.workload import build_workload, engine_settings
 from afd.preparation import shard_folders
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
-from afd.train.ds_config import DSConfig
+from afd.train.ds_config import DSConfig, batch_arithmetic, load_ds_config
 from afd.train.learning_rate import check_lr_owner
 
 _DISK_RESERVE_BYTES = 256 * 2**20
@@ -86,6 +86,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     _check_prompts(config, student_batch[0])
     _check_zero(ds_student)
     check_lr_owner(config, ds_student, ds_discriminator)
+    _check_objective(config, shape, student_batch, world_size)
     if config.nft.baseline == "group" and config.rollout.group_size == 1:
         raise ConfigError(
             "rollout.group_size must be > 1 with nft.baseline = group (or take nft.baseline=batch), got 1"
@@ -166,6 +167,36 @@ def local_memory(world_size: int) -> tuple[int, str]:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total // ranks, f"this machine's memory over {ranks} ranks"
+
+
+def _check_objective(
+    config: RunConfig, shape: StudentShape, student_batch: tuple[int, int, int], world_size: int
+) -> None:
+    """What the baselines need beyond AFD's inputs."""
+    if config.objective in ("gan", "dmd") and config.rollout.first_chunk_steps is not None:
+        raise ConfigError(
+            f"rollout.first_chunk_steps must be null with objective = {config.objective} (all chunks stop at the same "
+            f"step), got {list(config.rollout.first_chunk_steps)}"
+        )
+    if config.objective != "dmd":
+        return
+    path = config.dmd.real_score
+    if path is None or not path.is_file():
+        raise ConfigError(f"dmd.real_score must be a student file trained on the teacher's videos, got {path}")
+    try:
+        real = read_student_shape(path)
+        critic_batch = batch_arithmetic(load_ds_config(config.dmd.ds_config), world_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if (real.in_channels, real.text_dim) != (shape.in_channels, shape.text_dim):
+        raise ConfigError(
+            f"dmd.real_score must have in_channels {shape.in_channels} and text_dim {shape.text_dim} like the student, "
+            f"got {real.in_channels} and {real.text_dim}"
+        )
+    if critic_batch[0] != student_batch[0]:
+        raise ConfigError(
+            f"train_batch_size of dmd.ds_config must be {student_batch[0]} like the student's, got {critic_batch[0]}"
+        )
 
 
 def _check_zero(ds_student: DSConfig) -> None:

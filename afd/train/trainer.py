@@ -27,13 +27,18 @@ from afd.stopping import StopRequest, Watchdog
 from afd.tracking import Tracker
 from afd.train.averaging import ParameterAverage
 from afd.train.checkpoint import load_checkpoint, save_checkpoint
+from afd.train.dmd_objective import dmd_step
 from afd.train.engines import gathered
+from afd.train.gan_objective import gan_step
 from afd.train.learning_rate import lr_factor, set_lr
 from afd.train.objectives import Roles, StepTimer, afd_step, warmup_step
 from afd.train.preflight import RunPlan
+from afd.train.sft_objective import sft_step
 from afd.types import VideoBatch
 
 logger = logging.getLogger(__name__)
+_STEPS = {"afd": afd_step, "sft": sft_step, "gan": gan_step, "dmd": dmd_step}
+_RANKED = ("afd", "gan")  # objectives that ask the discriminator
 
 
 class Trainer:
@@ -78,7 +83,8 @@ class Trainer:
 
     @property
     def _engines(self) -> dict[str, Any]:
-        return {"student": self.roles.student, "discriminator": self.roles.discriminator}
+        engines = {"student": self.roles.student, "discriminator": self.roles.discriminator}
+        return engines if self.roles.critic is None else {**engines, "critic": self.roles.critic}
 
     def run(self, facts: dict[str, Any], *, resume_from: Path | None = None) -> Path | None:
         """Train to the configured number of steps.
@@ -113,7 +119,7 @@ class Trainer:
         if "base" not in self.evaluation:
             self.evaluation["teacher"] = self.evaluator.evaluate_teacher()
             self.evaluation["base"] = self._evaluate(self.roles.reference)
-        if self.step == 0:
+        if self.step == 0 and self.config.objective in _RANKED:
             self._warm_up()
         for step in self._steps(self.step, self.config.num_steps, "AFD"):
             metrics = self._train_step(step)
@@ -155,7 +161,8 @@ class Trainer:
         with timer.phase("data"):
             batch = self._next_batch()
         seeded_step = self.config.discriminator.warmup_steps + step
-        metrics = afd_step(self.roles, batch, self.config, seeded_step, world=self.world, timer=timer)
+        one_step = _STEPS[self.config.objective]
+        metrics = one_step(self.roles, batch, self.config, seeded_step, world=self.world, timer=timer)
         floats = _to_floats(metrics)  # the step's only device synchronisation for logging
         return {**floats, **timer.seconds, "time/step_s": time.perf_counter() - start}
 

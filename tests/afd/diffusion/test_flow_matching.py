@@ -74,6 +74,14 @@ def test_the_first_chunk_may_have_its_own_length_and_times() -> None:
     assert t.tolist() == [[0.25, 0.5, 0.5, 1.0, 1.0]]
 
 
+def test_terminal_times_are_the_last_of_each_grid() -> None:
+    uniforms = torch.rand(4, 3)
+    t = chunk_times(
+        uniforms, chunk_lengths=(1, 2, 2), sampling="terminal", grid=(1.0, 0.5), shift=3.0, first_grid=(1.0, 0.25)
+    )
+    assert t.tolist() == [[0.25, 0.5, 0.5, 0.5, 0.5]] * 4
+
+
 def test_uniform_times_are_warped() -> None:
     uniforms = torch.tensor([[0.0, 0.5]])
     t = chunk_times(uniforms, chunk_lengths=(3, 3), sampling="uniform", grid=(), shift=3.0)
@@ -97,7 +105,7 @@ def test_one_uniform_per_chunk_is_needed(shape: tuple[int, ...]) -> None:
 
 
 def test_unknown_time_sampling_is_named() -> None:
-    with pytest.raises(ValueError, match="must be grid, uniform or logit_normal, got 'cosine'"):
+    with pytest.raises(ValueError, match="must be grid, terminal, uniform or logit_normal, got 'cosine'"):
         chunk_times(
             torch.rand(1, 1),
             chunk_lengths=(1,),

@@ -17,14 +17,27 @@ from afd.models.student import CausalStudent
 from afd.models.weights import load_student
 from afd.rollout import SamplerTimes, rollout, rollout_noise, sampler_times
 from afd.train.builders import build_roles
+from afd.train.dmd_objective import dmd_step
 from afd.train.engines import consolidated_weights
-from afd.train.objectives import FORWARD, ROLLOUT, Roles, StepTimer, afd_step, sample_generators, warmup_step
+from afd.train.gan_objective import gan_step
+from afd.train.objectives import (
+    DISCRIMINATOR,
+    FORWARD,
+    ROLLOUT,
+    Roles,
+    StepTimer,
+    afd_step,
+    sample_generators,
+    warmup_step,
+)
 from afd.train.preflight import plan_run
+from afd.train.sft_objective import sft_step
 from afd.train.student_update import make_noised_states, update_student
 from afd.types import Rollout, VideoBatch
 
 ROOT = Path(__file__).parents[3]
 BATCH, GROUP, SGD_LR = 8, 2, 0.1
+STEPS = {"afd": afd_step, "sft": sft_step, "gan": gan_step, "dmd": dmd_step}
 SHAPE = (12, 6, 4, 4)  # C, F, H, W: two chunks
 
 parser = argparse.ArgumentParser()
@@ -82,7 +95,7 @@ def train(*overrides: str, stages: tuple[int, int] = (3, 2)) -> dict[str, Any]:
     before = consolidated_weights(roles.student)
     rows = []
     for step in range(4):
-        one_step = warmup_step if step == 0 else afd_step
+        one_step = STEPS[config.objective] if step else warmup_step
         metrics = one_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
         rows.append({name: float(value) for name, value in metrics.items()})
     after = consolidated_weights(roles.student)
@@ -196,6 +209,59 @@ def change_at(weight: float) -> Tensor:
     return flat(consolidated_weights(roles.student)) - before
 
 
+def gan_against_hand() -> dict[str, float]:
+    """One GAN step's parameter change under plain SGD, against autograd through the student and D in float64."""
+    config = configuration("objective=gan", "rollout.steps=[1000]")
+    sgd = {"type": "SGD", "params": {"lr": SGD_LR}}
+    roles = roles_for(config, json_for(3, sgd, clipping=0.0), json_for(2, adamw(1e-2)))
+    for step in range(3):
+        warmup_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
+    for group in roles.discriminator.optimizer.param_groups:
+        group["lr"] = 0.0
+    discriminator = LatentDiscriminator(config.discriminator.shape)
+    discriminator.load_state_dict(consolidated_weights(roles.discriminator))
+    before = consolidated_weights(roles.student)
+    gan_step(roles, batch_at(3), config, 3, world=world, timer=StepTimer())
+    measured = -(flat(consolidated_weights(roles.student)) - flat(before)) / SGD_LR
+
+    batch, g, seed = batch_at(3), config.rollout.group_size, config.seed
+    student = load_student(options.student).double()
+    student.load_state_dict({name: each.double() for name, each in before.items()})
+    prompt = batch.prompt_embeds.repeat_interleave(g, dim=0).double()
+    eps = rollout_noise([(seed, ROLLOUT, 3, i, k) for i in batch.sample_ids.tolist() for k in range(g)], 1, SHAPE)
+    eps = eps.double()
+    clean = rollout(student, prompt, eps, sampler_times(config.rollout))
+    ones = torch.ones(BATCH, SHAPE[1]).double()
+    x0 = eps[:, 0] - student(eps[:, 0], ones, prompt, clean=clean)  # t = 1
+    generators = sample_generators(batch, g, seed, DISCRIMINATOR, 3, -1)
+    blur = torch.stack([torch.randn((2, *SHAPE), generator=each) for each in generators]).double()
+    blur = blur * config.discriminator.input_noise
+    real = batch.latents.repeat_interleave(g, dim=0).double()
+    judge = discriminator.double()
+    margin = judge(real + blur[:, 0], prompt) - judge(x0 + blur[:, 1], prompt)
+    torch.nn.functional.softplus(margin).mean().backward()
+    named = dict(student.named_parameters())
+    expected = flat({name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in named.items()})
+    return {
+        "relative_error": ((measured - expected).norm() / expected.norm()).item(),
+        "gradient_norm": expected.norm().item(),
+    }
+
+
+def dmd_at_agreement() -> dict[str, float]:
+    """DMD where the critic is the real score and stays so: the student has nowhere to go."""
+    critic = f"dmd.ds_config={options.result.parent / 'critic.json'}"
+    config = configuration("objective=dmd", "dmd.critic_steps=1", f"dmd.real_score={options.student}", critic)
+    roles = roles_for(config, json_for(3, adamw(1e-2)), json_for(2, adamw(0.0)))
+    assert roles.critic is not None
+    for group in roles.critic.optimizer.param_groups:
+        group["lr"] = 0.0
+    before = flat(consolidated_weights(roles.student))
+    metrics = dmd_step(roles, batch_at(0), config, 0, world=world, timer=StepTimer())
+    moved = (flat(consolidated_weights(roles.student)) - before).abs().max().item()
+    return {"gradient": metrics["student/dmd_gradient"].item(), "moved": moved}
+
+
 def signs() -> dict[str, float]:
     good, bad, neutral = change_at(1.0), change_at(0.0), change_at(0.5)
     return {
@@ -205,6 +271,7 @@ def signs() -> dict[str, float]:
     }
 
 
+(options.result.parent / "critic.json").write_text(json.dumps(json_for(3, adamw(1e-3))))
 result: dict[str, Any] = {
     "ema": train(),
     "current": train("rollout.policy=current"),
@@ -217,10 +284,21 @@ result: dict[str, Any] = {
         "discriminator.input_noise=0.3",
         "discriminator.hold_above=0.99",
     ),
+    "terminal": train("nft.time_sampling=terminal"),
+    "sft": train("objective=sft"),
+    "gan": train("objective=gan"),
+    "gan, non-saturating": train("objective=gan", "discriminator.loss=gan", stages=(3, 3)),
+    "dmd": train(
+        "objective=dmd",
+        "dmd.critic_steps=2",
+        f"dmd.real_score={options.student}",
+        f"dmd.ds_config={options.result.parent / 'critic.json'}",
+    ),
     "LoRA": train("student.lora.rank=4", "student.lora.alpha=8"),
 }
 if world.size == 1:
     result |= {"hand": engine_against_hand(), "signs": signs()}
+    result |= {"gan hand": gan_against_hand(), "dmd at agreement": dmd_at_agreement()}
 if world.is_main:
     options.result.write_text(json.dumps(result))
 close_world()

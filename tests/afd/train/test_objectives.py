@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).with_name("objectives_worker.py")
-CASES = ("ema", "current", "plain", "stage 3 + stage 3", "two updates", "watched D", "LoRA")
+CASES = ("ema", "current", "plain", "stage 3 + stage 3", "two updates", "watched D", "terminal", "LoRA")
+BASELINES = ("sft", "gan", "gan, non-saturating", "dmd")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def relative_difference(a: float, b: float) -> float:
     return abs(a - b) / max(1.0, abs(a))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *BASELINES])
 def test_two_ranks_train_like_one_process(one: dict[str, Any], two: dict[str, Any], case: str) -> None:
     for step, (alone, shared) in enumerate(zip(one[case]["rows"], two[case]["rows"], strict=True)):
         assert alone.keys() == shared.keys()
@@ -33,7 +34,7 @@ def test_two_ranks_train_like_one_process(one: dict[str, Any], two: dict[str, An
 
 
 def test_two_ranks_reach_the_weights_of_one_process(one: dict[str, Any], two: dict[str, Any]) -> None:
-    for case in CASES:
+    for case in (*CASES, *BASELINES):
         for name, values in one[case]["weights"].items():
             assert values == pytest.approx(two[case]["weights"][name], abs=1e-6), f"{case}: {name}, float32"
 
@@ -84,3 +85,25 @@ def test_lora_trains_adapters_and_leaves_the_base_bitwise(one: dict[str, Any]) -
 
 def test_full_fine_tuning_moves_every_block(one: dict[str, Any]) -> None:
     assert {"patch_embedding.weight", "proj_out.weight"} <= set(one["ema"]["changed"])
+
+
+def test_gan_moves_along_the_gradient_through_student_and_discriminator(one: dict[str, Any]) -> None:
+    assert one["gan hand"]["gradient_norm"] > 1e-4
+    assert one["gan hand"]["relative_error"] < 1e-4, "float32 engine against float64"
+
+
+def test_dmd_rests_where_the_scores_agree(one: dict[str, Any]) -> None:
+    assert one["dmd at agreement"]["gradient"] < 1e-5
+    assert one["dmd at agreement"]["moved"] < 1e-2, "one AdamW step of lr 1e-2 on rounding noise at most"
+
+
+def test_dmd_moves_the_student_every_few_critic_steps(one: dict[str, Any]) -> None:
+    rows = one["dmd"]["rows"][1:]
+    assert all("critic/loss" in row for row in rows)
+    assert ["student/dmd_gradient" in row for row in rows] == [True, False, True]
+    assert one["dmd"]["student_steps"] == 2
+
+
+def test_supervised_fine_tuning_asks_no_discriminator(one: dict[str, Any]) -> None:
+    assert not any(name.startswith("discriminator/") for row in one["sft"]["rows"][1:] for name in row)
+    assert one["sft"]["student_steps"] == 3

@@ -1,0 +1,129 @@
+"""The GAN objective: the discriminator's gradient through the last denoising step of the student's own rollout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from afd.config import DiscriminatorSection, RunConfig
+from afd.diffusion.flow_matching import add_noise, x0_from_velocity
+from afd.diffusion.losses import bradley_terry_loss, non_saturating_loss
+from afd.distributed import World, seeded_generator
+from afd.rollout import SamplerTimes, sampler_times
+from afd.train.discriminator_update import update_discriminator
+from afd.train.engines import gathered
+from afd.train.objectives import DISCRIMINATOR, EXIT, REPLAY, Roles, StepTimer, roll_out, sample_generators
+from afd.train.student_step import step_student
+from afd.types import VideoBatch
+
+
+def truncated(times: SamplerTimes, seed: tuple[int, ...]) -> SamplerTimes:
+    """The sampler stopped after a random number of its steps, the same for every chunk, row and rank.
+
+    Source: Self-Forcing, arXiv 2506.08009, algorithm 1 (gradient through the last denoising step alone).
+    """
+    last = int(torch.randint(len(times.times), (1,), generator=seeded_generator(*seed)))
+    return dataclasses.replace(times, times=times.times[: last + 1])
+
+
+def last_step_in_parallel(
+    velocity: Callable[..., Tensor], x0: Tensor, prompt: Tensor, noise: Tensor, times: SamplerTimes
+) -> Tensor:
+    """The rollout's x0 again, all chunks at once, with the gradient of its last denoising step.
+
+    In the teacher-forcing layout a chunk sees the clean chunks before it just as the cached rollout did, so repeating
+    the denoising steps from the rollout's own noise gives the rollout's own clips.
+
+    Args:
+        velocity: the student's forward, `(x_t, t, prompt, clean=, context_noise=)`.
+        x0: [N, C, F, H, W], what the rollout made; no gradient.
+        prompt: [N, L, D].
+        noise: [N, S, C, F, H, W], what the rollout was made from.
+        times: the rollout's.
+    Returns:
+        x0 [N, C, F, H, W], equal to the argument up to rounding.
+    """
+    ones = torch.ones(x0.shape[0], x0.shape[2], device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32))
+    at = times.context_noise
+    clean = add_noise(x0, noise[:, times.num_noises - 1], at * ones) if at else x0
+    x_t, made = noise[:, 0], x0
+    for step, time in enumerate(times.times):
+        is_last = step + 1 == len(times.times)
+        with torch.set_grad_enabled(is_last):
+            made = x0_from_velocity(x_t, velocity(x_t, time * ones, prompt, clean=clean, context_noise=at), time * ones)
+        if not is_last:
+            x_t = add_noise(made, noise[:, step + 1], times.times[step + 1] * ones)
+    return made
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """No gradient for a module's parameters: a gradient *through* it must not reach its engine's reduction."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield module
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def generator_loss(teacher_scores: Tensor, student_scores: Tensor, section: DiscriminatorSection) -> Tensor:
+    """What the student minimises: to be preferred to the teacher's clip (Bradley-Terry), or to be taken for real."""
+    if section.loss == "gan":
+        return non_saturating_loss(student_scores)
+    return bradley_terry_loss(student_scores, teacher_scores, temperature=section.temperature)
+
+
+def gan_step(
+    roles: Roles, teacher: VideoBatch, config: RunConfig, step: int, *, world: World, timer: StepTimer
+) -> dict[str, Tensor]:
+    """One step of adversarial training: roll out, train D, follow D's gradient at the student's clips.
+
+    Args:
+        roles: student, discriminator and averages are updated.
+        teacher: this rank's B prompts with finished teacher videos.
+        config: the run's; rollouts are by the current student.
+        step: seeds every random choice.
+        world: this process's place.
+        timer: receives the phases' seconds.
+    Returns:
+        Scalars averaged over all ranks.
+    """
+    group_size, section, engine = config.rollout.group_size, config.discriminator, roles.student
+    times = truncated(sampler_times(config.rollout), (config.seed, EXIT, step))
+    with timer.phase("rollout"):
+        x_s, noise = roll_out(roles, teacher, config, step, world=world, times=times, policy="current")
+    metrics: dict[str, Tensor] = {}
+    with timer.phase("discriminator"):
+        pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))
+        for repeat in range(section.steps_per_student_step):
+            generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, repeat)
+            metrics |= update_discriminator(roles.discriminator, *pairs, section, generators)
+    real = teacher.latents.repeat_interleave(group_size, dim=0)
+    generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, -1)
+    blur = torch.stack([torch.randn((2, *real.shape[1:]), generator=g) for g in generators]).to(real)
+
+    with timer.phase("update"), gathered(roles.discriminator) as module, frozen(module) as discriminator:
+
+        def adversarial(clip: Tensor, prompt: Tensor, eps: Tensor, teacher_clip: Tensor, shift: Tensor):
+            x0 = last_step_in_parallel(engine, clip, prompt, eps, times)
+            seen = x0.detach().requires_grad_()
+            shift = section.input_noise * shift
+            teacher_scores = discriminator(teacher_clip + shift[:, 0], prompt)
+            student_scores = discriminator(seen + shift[:, 1], prompt)
+            loss = generator_loss(teacher_scores, student_scores, section)
+            (slope,) = torch.autograd.grad(loss, seen)
+            surrogate = (x0 * slope).sum()  # its gradient in the student's weights is the loss's
+            return surrogate - surrogate.detach() + loss.detach(), {"rollout/score_mean": student_scores.mean()}
+
+        inputs = (x_s.latents, x_s.prompt_embeds, noise, real, blur)
+        metrics |= step_student(engine, inputs, adversarial)
+    roles.old.update(engine.global_steps)
+    roles.ema.update(engine.global_steps)
+    return metrics
