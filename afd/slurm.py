@@ -99,6 +99,12 @@ class SlurmJob(Section):
             raise ValueError(
                 f"ranks per node must be one per GPU, got {self.ranks_per_node} for {self.gpus_per_node} GPUs"
             )
+        limit_s = time_limit_s(self.time)
+        if limit_s is not None and limit_s <= self.signal_lead_s:
+            raise ValueError(
+                f"--time must be longer than --signal-lead-s {self.signal_lead_s}, got {self.time!r} = {limit_s} s: "
+                "the job would be asked to stop as it starts"
+            )
         if (self.kind == "sweep") != bool(self.sweep):
             raise ValueError(f"sweep needs at least one --sweep line and no other kind has any, got {len(self.sweep)}")
         if self.kind == "deepspeed" and self.container and self.container_runtime == "apptainer":
@@ -114,6 +120,22 @@ class SlurmJob(Section):
                     f"--export, got {value!r}: use --kind srun"
                 )
         return self
+
+
+def time_limit_s(text: str) -> int | None:
+    """Seconds of a Slurm time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for one without an end.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return None
+    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", text):
+        raise ValueError(f"--time must be like 90, 90:00, 24:00:00, 2-12 or 2-12:30:00, got {text!r}")
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def shell_quote(value: object) -> str:

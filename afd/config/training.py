@@ -132,7 +132,8 @@ class StoppingSection(Section):
     """What happens when the run is asked to stop (SIGTERM, SIGUSR2) or hangs."""
 
     grace_s: Annotated[float, Field(gt=0)] = 120.0
-    """From the signal to the end of the process, s: a step, a commit and MLflow's last delivery must fit. A run that
-    is not through by then dumps its stacks and ends; keep Slurm's `--signal` lead and GraceTime above it."""
+    """From the signal to the end of the process, s: a step with its evaluation, a commit and MLflow's last delivery
+    must fit. A run that is not through by then dumps its stacks and ends; Slurm's `--signal` lead and GraceTime belong
+    above it."""
     hang_after_s: Annotated[float, Field(ge=0)] = 900.0
     """A step that takes longer dumps every thread's stack, s; 0 never does. Below timeout_s, which ends the run."""

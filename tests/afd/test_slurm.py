@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from afd.slurm import KINDS, SlurmJob, directive_quote, rank_variables, render, shell_quote
+from afd.slurm import KINDS, SlurmJob, directive_quote, rank_variables, render, shell_quote, time_limit_s
 
 RECORDER = """\
 #!{python} -IS
@@ -165,6 +165,15 @@ def test_endless_and_empty_values_are_refused() -> None:
         render(job(partition=""))
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("1:00:05", 3605), ("2-12", 216000), ("2-12:30", 217800), ("1-00:00:01", 86401),
+     ("unlimited", None)],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int | None) -> None:
+    assert time_limit_s(text) == seconds
+
+
 def test_directives_escape_what_sbatch_would_read_differently() -> None:
     assert directive_quote("gpu-a100:2,x_1.sh/%x=@+") == "gpu-a100:2,x_1.sh/%x=@+"
     assert directive_quote('a b "#') == "'a b \"#'"
@@ -182,6 +191,9 @@ def test_directives_escape_what_sbatch_would_read_differently() -> None:
         ({"environment": {"A B": "1"}}, "--env must be NAME=VALUE with a plain name, got 'A B'"),
         ({"kind": "deepspeed", "environment": {"NCCL_IB_HCA": "a,b"}}, "must hold no comma with --kind deepspeed"),
         ({"kind": "deepspeed", "container": "x", "container_runtime": "apptainer"}, "not through apptainer"),
+        ({"time": "4"}, "--time must be longer than --signal-lead-s 240, got '4' = 240 s"),
+        ({"time": "soon"}, "--time must be like 90, 90:00, 24:00:00, 2-12 or 2-12:30:00, got 'soon'"),
+        ({"time": "1\n"}, "--time must be like"),
         ({"mounts": ("a:b,c:d",)}, "--mount must hold no comma"),
     ],
 )
