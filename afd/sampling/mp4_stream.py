@@ -25,7 +25,7 @@ class LiveVideoWriter:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | str,
         *,
         fps: float,
         scale: int = 1,
@@ -44,7 +44,7 @@ class LiveVideoWriter:
         """
         if fps <= 0:
             raise ValueError(f"fps must be > 0, got {fps}")
-        self.path = path
+        self.path = Path(path)
         self.num_frames = 0
         self._fps = Fraction(fps).limit_denominator(1001)
         self._scale, self._crf = scale, crf

@@ -54,7 +54,7 @@ def test_the_file_plays_while_it_is_written_and_is_ordinary_afterwards(tmp_path:
 
 def test_an_interrupted_stream_is_finished(tmp_path: Path) -> None:
     def record() -> None:
-        with LiveVideoWriter(tmp_path / "live.mp4", fps=8, scale=2) as writer:
+        with LiveVideoWriter(str(tmp_path / "live.mp4"), fps=8, scale=2) as writer:
             writer.write(moving_square(2).astype(np.float32) / 255)
             raise KeyboardInterrupt
 
