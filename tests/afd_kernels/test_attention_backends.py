@@ -80,9 +80,9 @@ def packed(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):
 def dense(q, k, v, scale):
     """[B, N, heads, D], packed as FlashAttention does."""
     assert q.ndim == k.ndim == v.ndim == 4
-    starts = [torch.arange(0, len(x) * x.shape[1] + 1, x.shape[1], dtype=torch.int32) for x in (q, k)]
-    flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
-    return packed(*flat, *starts, q.shape[1], k.shape[1], scale).view_as(q)
+    starts_q, starts_k = (torch.arange(0, len(x) * x.shape[1] + 1, x.shape[1], dtype=torch.int32) for x in (q, k))
+    flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    return packed(flat_q, flat_k, flat_v, starts_q, starts_k, q.shape[1], k.shape[1], scale).view_as(q)
 
 
 # The leading parameters of flash-attn 2.8 and of the `hopper` interface; the rest have defaults that are left alone.
@@ -170,7 +170,7 @@ def with_grads(layout, impl, scale):
     *inputs, upstream = (torch.randn(shape, generator=generator).double().transpose(1, 2) for _ in range(4))
     for x in inputs:
         x.requires_grad_()
-    out = block_causal_attention(*inputs, layout, impl=impl, scale=scale)
+    out = block_causal_attention(inputs[0], inputs[1], inputs[2], layout, impl=impl, scale=scale)
     return dict(zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, inputs, upstream)), strict=True))
 
 
