@@ -33,7 +33,7 @@ def step() -> ModuleType:
     [
         (["video.width=836"], "video.height and video.width must be divisible by 8 for codec wan_vae, got 480 x 836"),
         (["video.width=840"], "must give latents divisible by the student's patch [2, 2], got latents 60 x 105"),
-        (["video.num_frames=2"], "num_frames must be 3 + a multiple of chunk_frames = 3, got 2"),
+        (["video.num_frames=2"], "num_frames must be 3 + a multiple of the student's chunk 3, got 2"),
         (["--config", str(ROOT / "configs" / "quickstart.yaml")], "dimensions must be written in the configuration"),
         (["--rollouts", "1"], "--rollouts must be at least 2 and --steps 1, got 1, 3"),
     ],
