@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from afd.commands import data, evaluation, launch, runs, sampling, weights
+from afd.commands import data, evaluation, launch, plan, runs, sampling, weights
 from afd.config_file import ConfigError
 
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="afd", description="Adversarial Flow Distillation of video models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for topic in (data, sampling, evaluation, weights, runs, launch):
+    for topic in (data, sampling, evaluation, weights, runs, launch, plan):
         topic.add_to(commands)
     return parser
 

@@ -14,8 +14,7 @@ from afd.planning.workload import Workload
 
 GIB = 2**30
 _MASTER, _MOMENTS, _AVERAGES = 4, 8, 12  # bytes per trained parameter; three float32 averages
-_VAE_PARAMETERS = 126_892_531  # AutoencoderKLWan 2.1, float32 beside the student; its decoder's workspace on top
-_VAE_WORKSPACE_CHANNELS = 96 * 6  # widest full-resolution maps of the decoder, a chunk of 4 frames, float32
+_VAE_PARAMETERS = 126_892_531  # AutoencoderKLWan 2.1, float32
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,11 @@ class Memory:
         held: by part, all the time.
         phases: by phase, then by part, on top of `held`.
         host: on the node's host memory per rank, by part.
-        evaluation: by part, on top of `held`, while samples are decoded.
     """
 
     held: dict[str, int]
     phases: dict[str, dict[str, int]]
     host: dict[str, int]
-    evaluation: dict[str, int]
 
     @property
     def peak_phase(self) -> str:
@@ -53,8 +50,12 @@ def plan_memory(work: Workload) -> Memory:
     """Bytes by part for a workload."""
     held, host = _held(work)
     phases = {"rollout": _rollout(work), "discriminator": _discriminator(work), "update": _update(work)}
+    if work.has_old_pass or work.has_prior_pass:
+        phases["velocities"] = _velocities(work)
     phases["optimizer"] = _optimizer(work)
-    return Memory(held, phases, host, _evaluation(work))
+    if work.uses_vae:
+        host = host | {"VAE (decodes samples on the host)": _VAE_PARAMETERS * 4}
+    return Memory(held, phases, host)
 
 
 def _shards(work: Workload, stage: int) -> int:
@@ -187,14 +188,20 @@ def _optimizer(work: Workload) -> dict[str, int]:
     return where | {"rollouts, states, velocities": clips}
 
 
-def _evaluation(work: Workload) -> dict[str, int]:
-    """Decoding samples, between steps: the VAE and its workspace beside whole weights and a KV cache."""
-    parts = _rollout(work)
-    if work.uses_vae:
-        _, _, height, width = work.latents
-        parts["VAE (float32)"] = _VAE_PARAMETERS * 4
-        parts["VAE workspace"] = _VAE_WORKSPACE_CHANNELS * 4 * 64 * height * width * 4
-    return parts
+def _velocities(work: Workload) -> dict[str, int]:
+    """v_old and v_ref on their own, without gradient; beside v they are part of the update."""
+    one, engine = work.update_pass, work.student
+    if work.lagging_beside:
+        return {}
+    float32 = 2 if engine.width == 2 and one.kernels == "fused" else 1
+    working = one.tokens * (6 * work.shape.dim * float32 + 2 * work.shape.ffn_dim) * engine.width
+    return {
+        "gathered student": _whole_weights(work) if work.gathers_once else 0,
+        "gathered block": 0 if work.gathers_once else _gathered_blocks(work),
+        "swapped-out weights": _swap(work),
+        "activations": working,
+        "rollouts, states, velocities": work.rollouts_per_gpu * _clip_elements(work) * 4 * 6,
+    }
 
 
 def describe_memory(memory: Memory) -> list[str]:
