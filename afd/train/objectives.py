@@ -86,7 +86,7 @@ def roll_out(
     keys = [(config.seed, ROLLOUT, step, i, g) for i in ids for g in range(group_size)]
     noise = rollout_noise(keys, times.num_noises, batch.latents.shape[1:]).to(batch.latents)
     embeds = batch.prompt_embeds.repeat_interleave(group_size, dim=0)
-    batch_size = section.batch_size or roles.student.train_micro_batch_size_per_gpu()
+    batch_size = config.rollout.batch_size or roles.student.train_micro_batch_size_per_gpu()
     with ExitStack() as stack:
         if (policy or config.rollout.policy) == "ema":
             stack.enter_context(roles.old.applied())
