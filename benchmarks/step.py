@@ -28,7 +28,10 @@ from afd.distributed import World, close_world, init_world, seeded_generator
 from afd.models.encoders import latent_shape
 from afd.models.lora import add_lora
 from afd.models.student import CausalStudent
+from afd.planning.memory import describe_memory, plan_memory
 from afd.planning.operations import discriminator_pass, forward_flops, rollout_passes, student_pass, training_flops
+from afd.planning.refusals import batch_arithmetic
+from afd.planning.workload import build_workload, engine_settings
 from afd.rollout import chunk_spans, sampler_times
 from afd.train.builders import roles_around, train_ready
 from afd.train.ds_config import DSConfig, load_ds_config
@@ -228,7 +231,7 @@ def measured_rows(
 
 
 def model_lines(
-    config: RunConfig, shape: StudentShape, latents: Latents, ds_student: DSConfig, rollouts: int, ranks: int
+    config: RunConfig, shape: StudentShape, latents: Latents, files: tuple[DSConfig, DSConfig], ranks: int
 ) -> list[str]:
     """The FLOP and memory model of the real size; modules are built on the meta device, nothing is allocated."""
     with torch.device("meta"):
@@ -240,33 +243,23 @@ def model_lines(
         cache = student.bfloat16().new_cache(1, latents[1], latents[2:], device=torch.device("meta"))
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     adapters = sum(parameter.numel() for parameter in student.parameters()) - base
-    micro = min(ds_student.get("train_micro_batch_size_per_gpu", 1), rollouts)
     tokens = latents[1] * (latents[2] // shape.patch_size[1]) * (latents[3] // shape.patch_size[2])
-    twins = adapters if config.nft.velocities == "one_gather" and config.rollout.policy == "ema" else 0
-    roles = 1 + 2 * bool(twins)
-    held = {
-        "weights, bf16": 2 * (base + adapters + twins) / ranks,
-        "fp32 masters, Adam, gradients": 16 * trained / ranks,
-        "averages old, ema, reference, fp32": 12 * trained / ranks,
-    }
-    rollout = {"whole weights, bf16": 2 * (base + adapters) if ranks > 1 else 0, "KV cache": micro * cache.num_bytes}
-    hidden = 2 * micro * 2 * tokens * shape.dim
-    update = {
-        "checkpointed hidden states": hidden * shape.num_layers,
-        "hidden states of all roles": hidden * roles,
-        "one block's activations (about 34 hidden states)": hidden * 34,
-    }
-    lines = [
+    batches = [batch_arithmetic(each, 1) for each in files]
+    engines = engine_settings(files[0], batches[0]), engine_settings(files[1], batches[1])
+    work = build_workload(config, shape, latents=latents, num_gpus=ranks, engines=engines, kernels="fused")
+    flops = phase_flops(config, shape, latents, 1)
+    return [
         f"# model of the real size: {config.student.init_from}, random weights never made",
         f"parameters {base:,}; adapters {adapters:,}; trained {trained:,}",
-        f"latents {list(latents)}; {tokens:,} tokens a clip, twice that in the update; {ranks} ranks, micro {micro}",
-        *(f"held      {name:<50}{size / GIB:>9.2f} GiB" for name, size in held.items()),
-        *(f"rollout   {name:<50}{size / GIB:>9.2f} GiB" for name, size in rollout.items()),
-        *(f"update    {name:<50}{size / GIB:>9.2f} GiB" for name, size in update.items()),
+        f"latents {list(latents)}; {tokens:,} tokens a clip, twice that in the update",
+        f"keys and values of one rollout, bf16: {cache.num_bytes / GIB:.2f} GiB",
+        *(
+            f"{phase:<14}{model / 1e12:>10.1f} TFLOP a rollout,{executed / 1e12:>10.1f} executed"
+            for phase, (model, executed) in flops.items()
+        ),
+        f"# memory of one of {ranks} ranks, {work.rollouts_per_gpu} rollouts each, micro batch {engines[0].micro}",
+        *describe_memory(plan_memory(work)),
     ]
-    for phase, (model, executed) in phase_flops(config, shape, latents, 1).items():
-        lines.append(f"{phase:<14}{model / 1e12:>10.1f} TFLOP a rollout, {executed / 1e12:>10.1f} executed")
-    return lines
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -319,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         files: Any = ds_configs(arguments, config, world)
         has_gpu = world.device.type == "cuda"
         if not has_gpu and world.is_main:
-            print("\n".join(model_lines(config, shape, latents, files[0], arguments.rollouts, arguments.gpus)))
+            print("\n".join(model_lines(config, shape, latents, files, arguments.gpus)))
         run = (config, shape, latents) if has_gpu else tiny(config, shape)
         timers = run_steps(*run, files, arguments.steps, world)
         rows = measured_rows(arguments, *run, "real" if has_gpu else "tiny", world, timers)

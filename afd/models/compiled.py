@@ -34,7 +34,7 @@ def block_step(mode: CompileMode) -> BlockStep:
     compiled = torch.compile(_step_past_hooks, **options)
 
     class UntracedLayerCache(LayerCache):
-        attend = torch.compiler.disable(LayerCache.attend)
+        attend: Any = torch.compiler.disable(LayerCache.attend)  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def step(
         block: nn.Module, x: Tensor, modulation: Tensor, prompt: Any, rope: Any, cache: LayerCache, impl: str | None

@@ -129,9 +129,10 @@ def _rollout(work: Workload) -> dict[str, int]:
     kept = layout.num_frames
     if shape.window_frames is not None:
         kept = min(kept, shape.window_frames + shape.sink_frames)
-    tokens = engine.micro * kept * layout.tokens_per_frame
-    chunk = engine.micro * max(end - start for start, end in layout.chunk_spans) * layout.tokens_per_frame
-    prompt = 2 * shape.num_layers * engine.micro * shape.text_len * shape.dim
+    batch = min(work.rollout_batch, work.rollouts_per_gpu)
+    tokens = batch * kept * layout.tokens_per_frame
+    chunk = batch * max(end - start for start, end in layout.chunk_spans) * layout.tokens_per_frame
+    prompt = 2 * shape.num_layers * batch * shape.text_len * shape.dim
     float32 = 2 if engine.width == 2 and one.kernels == "fused" else 1
     working = chunk * (6 * shape.dim * float32 + 2 * shape.ffn_dim)
     clips = work.rollouts_per_gpu * _clip_elements(work) * 4

@@ -74,6 +74,7 @@ class Workload:
         fps: video frames per second, frames: video frames of a clip.
         num_gpus: ranks.
         group_size: rollouts G per prompt.
+        rollout_batch: rollouts generated together.
         num_times: denoising passes of the first and of every other chunk.
         lora: adapters of the student; rank 0 is none.
         is_checkpointed: gradient checkpointing.
@@ -93,6 +94,7 @@ class Workload:
     fps: float
     num_gpus: int
     group_size: int
+    rollout_batch: int
     num_times: tuple[int, int]
     lora: LoRASection
     is_checkpointed: bool
@@ -172,6 +174,7 @@ def build_workload(
         fps=config.video.fps,
         num_gpus=num_gpus,
         group_size=config.rollout.group_size,
+        rollout_batch=config.rollout.batch_size or engines[0].micro,
         num_times=(len(config.rollout.first_chunk_steps or config.rollout.steps), len(config.rollout.steps)),
         lora=config.student.lora,
         is_checkpointed=config.student.gradient_checkpointing,

@@ -49,9 +49,13 @@ def test_the_real_sizes_are_wans(step: ModuleType) -> None:
     config = step.load_config(CONFIG)
     shape, latents = step.real_shape(config)
     assert latents == (16, 21, 60, 104)
-    text = "\n".join(step.model_lines(config, shape, latents, {"train_micro_batch_size_per_gpu": 1}, 2, 8))
+    files = [
+        step.load_ds_config(ROOT / "configs" / name) for name in ("zero3_h100.json", "zero2_discriminator_h100.json")
+    ]
+    text = "\n".join(step.model_lines(config, shape, latents, tuple(files), 8))
     assert "parameters 1,418,996,800; adapters 349,962,240; trained 349,962,240" in text
     assert "32,760 tokens a clip" in text
+    assert "keys and values of one rollout, bf16: 5.62 GiB" in text
 
 
 def test_sharing_a_pass_spares_the_references_adapters(step: ModuleType) -> None:
