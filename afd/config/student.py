@@ -131,7 +131,14 @@ class StudentSection(Section):
     """
 
     init_from: Path | None = None
-    """Student weights (safetensors with its shape); default the base student shipped with the quick start."""
+    """Student weights in any format of docs/students.md: a diffusers folder, a Self-Forcing .pt, a commit, a
+    safetensors file; default the base student shipped with the quick start."""
+    init_weights: Literal["average", "raw"] = "average"
+    """Which weights of a file that holds both: the averaged ones (`generator_ema`, a commit's EMA) or the raw ones."""
+    init_base: Path | None = None
+    """Base weights, where init_from holds LoRA adapters only; they are merged."""
+    init_lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Alpha of the adapters in init_from, where the file does not say."""
     in_channels: Positive | None = None
     """Latent channels C the model reads."""
     out_channels: Positive | None = None

@@ -9,10 +9,10 @@ from afd.distributed import World
 from afd.models.discriminator import LatentDiscriminator
 from afd.models.lora import add_lora, add_old_adapter, old_adapter_name
 from afd.models.student import CausalBlock, CausalStudent
-from afd.models.weights import load_student
+from afd.models.weights import fill_student, load_student, open_student
 from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_ramp_to_half
 from afd.train.ds_config import DSConfig, load_ds_config
-from afd.train.engines import Engine, build_engine
+from afd.train.engines import Engine, build_engine, build_sharded, write_shard
 from afd.train.objectives import Roles
 from afd.train.preflight import RunPlan
 from afd.train.replay import RolloutReplay
@@ -24,7 +24,7 @@ def build_roles(
     config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
 ) -> Roles:
     """Both engines and the three averages of a run; collective."""
-    return roles_around(build_student(config, plan), config, ds_student, ds_discriminator, world=world)
+    return roles_around(build_student(config, plan, ds_student), config, ds_student, ds_discriminator, world=world)
 
 
 def roles_around(
@@ -64,9 +64,20 @@ def _build_scores(config: RunConfig, *, world: World) -> tuple[Engine | None, Ca
     return build_engine(critic, load_ds_config(config.dmd.ds_config), leaf_modules=(CausalBlock,)), real_score
 
 
-def build_student(config: RunConfig, plan: RunPlan) -> CausalStudent:
-    """The initial student as it is trained: with adapters when LoRA is asked for, the old policy's beside them."""
-    return train_ready(load_student(plan.student_path), config)
+def build_student(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> CausalStudent:
+    """The initial student as it is trained: with adapters when LoRA is asked for, the old policy's beside them.
+
+    Weights may come in any format. Under ZeRO-3 each rank holds its shard of every parameter from the start, and reads
+    one tensor at a time: no rank ever holds the model.
+    """
+    given = config.student.model_dump()
+    if ds_student.get("zero_optimization", {}).get("stage") == 3:
+        file = open_student(plan.student_path, given)
+        student = build_sharded(lambda: CausalStudent(file.shape), ds_student)
+        fill_student(student, file.source, write_shard)
+    else:
+        student = load_student(plan.student_path, config=given)
+    return train_ready(student, config)
 
 
 def train_ready(student: CausalStudent, config: RunConfig) -> CausalStudent:

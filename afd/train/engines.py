@@ -10,11 +10,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from afd.train.ds_config import DSConfig, batch_arithmetic, check_ds_config
 
@@ -43,6 +44,7 @@ class Engine(Protocol):
     def load_checkpoint(self, load_dir: str, tag: str, *, load_module_strict: bool) -> Any: ...
 
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 SHM_COMM_OP = "deepspeed_shm_comm"
 
 
@@ -80,6 +82,50 @@ def build_engine(
     if leaf_modules and config.get("zero_optimization", {}).get("stage") == 3:
         deepspeed.utils.set_z3_leaf_modules(module, list(leaf_modules))
     return deepspeed.initialize(model=module, model_parameters=trainable, config=config)[0]
+
+
+class _SkipRandomInit(TorchFunctionMode):
+    """Leave new parameters as they are: they are about to be overwritten."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def build_sharded(make: Callable[[], ModuleT], ds_config: DSConfig) -> ModuleT:
+    """Build a module whose parameters are ZeRO-3 shards from the start; collective.
+
+    Each parameter is allocated, sharded and freed before the next one, under `deepspeed.zero.Init`. Their values are
+    undefined: fill them with `write_shard`.
+
+    Args:
+        make: builds the module.
+        ds_config: of the engine that the module is for, stage 3.
+    Raises:
+        ValueError: the configuration keeps second copies of the shards.
+    """
+    zero = ds_config["zero_optimization"]
+    for key in ("zero_hpz_partition_size", "zero_quantized_weights"):
+        if zero.get(key, 0) not in (0, 1, False):
+            raise ValueError(f"zero_optimization.{key} must be left out: shards are written once, got {zero[key]}")
+    offload = zero.get("offload_param", {})
+    deepspeed = _import_deepspeed()
+    init = deepspeed.zero.Init(
+        config_dict_or_path=copy.deepcopy(ds_config),
+        remote_device=offload.get("device"),
+        pin_memory=offload.get("pin_memory", False),
+    )
+    with init, _SkipRandomInit():
+        return make()
+
+
+def write_shard(parameter: Any, tensor: Tensor) -> None:
+    """Write this rank's part of a whole tensor [...] into its shard of a ZeRO-3 parameter of that shape."""
+    own = shard_slice(parameter)
+    shard = parameter.ds_tensor.data
+    shard[: own.stop - own.start].copy_(tensor.reshape(-1)[own])
 
 
 def _import_deepspeed() -> Any:

@@ -6,19 +6,17 @@ All checks raise `ConfigError` with one line naming the field, what was expected
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from afd.config import RunConfig, StudentShape, configured_shape
+from afd.config import RunConfig, StudentShape
 from afd.config_file import ConfigError, dump_config
 from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, text_encoder_folder
-from afd.models.weights import read_student_shape
+from afd.models.weights import open_student, read_student_shape
 from afd.planning.hardware import ASSUMED
 from afd.planning.memory import Memory, describe_memory, plan_memory
 from afd.planning.refusals import check_divides, check_fits
@@ -69,11 +67,12 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     """
     path = config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
     try:
-        shape = configured_shape(read_student_shape(path), config.student)
+        student = open_student(path, config.student.model_dump())
         times = sampler_times(config.rollout)
         latents = latent_shape(config.encoders, config.video)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    shape = student.shape
     _check_shapes(config, shape, latents)
     student_batch, discriminator_batch = check_divides(
         config,
@@ -94,8 +93,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     for folder in shard_folders(config) if config.teacher.kind == "shards" else ():
         if not (folder / "index.json").is_file():
             raise ConfigError(f"shard folder {folder} must hold index.json, which is missing (write one: afd prepare)")
-    num_parameters = _count_parameters(path)
-    _check_disk(config, num_parameters)
+    _check_disk(config, student.num_parameters)
     workload = build_workload(
         config,
         shape,
@@ -112,8 +110,8 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     rollouts = student_batch[0]
     return RunPlan(
         student_path=path,
-        shape=shape,
-        num_parameters=num_parameters,
+        shape=student.shape,
+        num_parameters=student.num_parameters,
         latents=latents,
         world_size=world_size,
         rollouts=rollouts,
@@ -206,11 +204,6 @@ def _check_zero(ds_student: DSConfig) -> None:
             "zero_optimization.stage3_param_persistence_threshold must be 0 (averages are swapped shard by shard), "
             f"got {zero.get('stage3_param_persistence_threshold')}"
         )
-
-
-def _count_parameters(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def _check_disk(config: RunConfig, num_parameters: int) -> None:

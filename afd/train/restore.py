@@ -7,7 +7,7 @@ from pathlib import Path
 from afd.config import RunConfig
 from afd.config_file import ConfigError, load_config
 from afd.models.student import CausalStudent
-from afd.models.weights import check_names_and_shapes, read_student_shape
+from afd.models.weights import check_names_and_shapes, stored_shape
 from afd.train.builders import prepare_student
 from afd.train.checkpoint import CONFIG, STUDENT_WEIGHTS, read_student_weights
 from afd.train.commit import list_commits, read_manifest
@@ -43,7 +43,7 @@ def check_resumable(config: RunConfig, plan: RunPlan) -> None:
     commit = commits[0][1]
     try:
         world_size = read_manifest(commit)["world_size"]
-        saved = read_student_shape(commit / STUDENT_WEIGHTS).model_dump()
+        saved = stored_shape(commit / STUDENT_WEIGHTS).model_dump()
         before = load_config(commit / CONFIG)
     except ValueError:
         return
@@ -73,7 +73,7 @@ def load_commit(path: Path, *, average: str | None = "ema") -> tuple[CausalStude
     """
     config = load_config(path / CONFIG)
     weights = read_student_weights(path, average=average)
-    student = prepare_student(CausalStudent(read_student_shape(path / STUDENT_WEIGHTS)), config)
+    student = prepare_student(CausalStudent(stored_shape(path / STUDENT_WEIGHTS)), config)
     check_names_and_shapes(student.state_dict(), weights, source=f"commit {path}")
     student.load_state_dict(weights)
     return student.eval().requires_grad_(False), config

@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from afd.config import StudentShape
 from afd.models.student import CausalStudent
-from afd.models.weights import check_names_and_shapes, diffusers_name, load_student, read_student_shape, save_student
+from afd.models.weights import (
+    check_names_and_shapes,
+    diffusers_name,
+    load_student,
+    read_student_shape,
+    save_student,
+    stored_shape,
+)
 
 MakeStudent = Callable[..., CausalStudent]
 REFERENCE = Path(__file__).parents[2] / "data" / "self_forcing_tiny.safetensors"
@@ -103,11 +110,13 @@ def test_a_file_that_does_not_fit_its_shape_is_refused(make_student: MakeStudent
 
 def test_files_that_are_no_students_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "student.safetensors"
-    with pytest.raises(ValueError, match="must be a safetensors file"):
+    with pytest.raises(ValueError, match="do not exist"):
         read_student_shape(path)
     path.write_bytes(b"not tensors at all")
     with pytest.raises(ValueError, match="must be a safetensors file"):
         read_student_shape(path)
     save_file({"a": torch.zeros(1)}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=re.escape("must hold `student_shape` in the metadata, got ['format']")):
+    with pytest.raises(ValueError, match="do not hold a Wan transformer"):
         read_student_shape(path)
+    with pytest.raises(ValueError, match=re.escape("must hold `student_shape` in the metadata, got ['format']")):
+        stored_shape(path)
