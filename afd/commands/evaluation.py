@@ -30,7 +30,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from afd.evaluation.heldout import HeldoutEvaluator
     from afd.evaluation.metric_facts import terminal_table
     from afd.models.encoders import load_codec
-    from afd.preparation import shard_folders
+    from afd.preparation import shard_places
     from afd.train.checkpoint import CONFIG
     from afd.train.restore import load_commit, resolve_commit
 
@@ -40,7 +40,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise ConfigError(f"--out must be in an existing folder, got {out}")
     student, _ = load_commit(commit, average=None if arguments.weights == "raw" else arguments.weights)
-    read = to_batch(read_all(shard_folders(config)[1]))
+    folder, remote = shard_places(config)[1]
+    read = to_batch(read_all(folder, remote=remote))
     world = init_world(config.timeout_s)
     try:
         evaluator = HeldoutEvaluator(read.to(world.device), load_codec(config.encoders), config, world)

@@ -97,8 +97,19 @@ class DataSection(Section):
     """Folder of training shards; default `<output_dir>/data/train`, written by the physics teacher if absent."""
     heldout_shards: Path | None = None
     """Folder of held-out shards; default `<output_dir>/data/heldout`."""
+    train_remote: str | None = None
+    """Where the training shards are fetched from as they are needed: a folder, file://, s3://, gs://, oci://, hf:// and
+    whatever else mosaicml-streaming has a downloader for. `train_shards` is then the local copy."""
+    heldout_remote: str | None = None
+    """The same for the held-out shards."""
+    verify: Literal["start", "first_use"] = "start"
+    """Check local shards before the run starts, or each when it is first read; remote ones are checked on arrival."""
     shuffle: bool = True
     """Reshuffle the prompts every epoch."""
+    shuffle_block: Positive = 1 << 18
+    """Samples shuffled together; smaller blocks read fewer remote shards at a time."""
+    read_ahead: NonNegative = 2
+    """Batches read in the background while a step computes; 0 reads when asked."""
 
 
 class EncodersSection(Section):

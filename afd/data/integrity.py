@@ -90,12 +90,12 @@ def open_dataset(path: Path, cache: Path | None = None) -> DatasetRecord:
         ValueError: names the folder or file, what was expected and what was found.
     """
     record = read_record(Path(path))
-    target = record.path if cache is None else _cache_folder(Path(cache), record)
-    with _lock(target):
+    target = record.path if cache is None else cache_folder(Path(cache), record)
+    with lock_folder(target):
         for shard in record.shards:
-            _prepare(shard, record.path, target)
+            unpack_shard(shard, record.path, target)
         if target != record.path:
-            _write_plain_index(record, target)
+            write_plain_index(record, target)
     return replace(record, path=target)
 
 
@@ -204,8 +204,12 @@ def _check_file(entry: Any, label: str) -> FileRecord:
     return FileRecord(name, size, known)
 
 
-def _prepare(shard: ShardRecord, source: Path, target: Path) -> None:
-    """Leave target/<raw> present and verified, from itself or from the verified packed file."""
+def unpack_shard(shard: ShardRecord, source: Path, target: Path) -> None:
+    """Leave target/<raw> present and verified, from itself or from the verified packed file.
+
+    Raises:
+        ValueError: the file it comes in is missing or damaged, or the shard's own offsets make no sense.
+    """
     raw = target / shard.raw.name
     if shard.packed is None:
         verify_file(source / shard.raw.name, shard.raw)
@@ -290,10 +294,14 @@ def _zstd_content_size(data: bytes) -> int | None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel frees it when its holder dies."""
+def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a lock of the folder; the kernel frees it when its holder dies.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
     try:
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}): name a writable cache folder") from error
     try:
@@ -303,7 +311,7 @@ def _lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _cache_folder(cache: Path, record: DatasetRecord) -> Path:
+def cache_folder(cache: Path, record: DatasetRecord) -> Path:
     """The subfolder of `cache` that belongs to exactly this index."""
     digest = hashlib.sha256((record.path / INDEX_FILE).read_bytes()).hexdigest()[:16]
     folder = cache.absolute() / f"shards-{digest}"
@@ -311,7 +319,7 @@ def _cache_folder(cache: Path, record: DatasetRecord) -> Path:
     return folder
 
 
-def _write_plain_index(record: DatasetRecord, target: Path) -> None:
+def write_plain_index(record: DatasetRecord, target: Path) -> None:
     """Write the cache's index: the same shards, uncompressed."""
     index = _read_json(record.path / INDEX_FILE)
     for shard in index["shards"]:

@@ -8,6 +8,7 @@ the start of the next, and every epoch holds every sample once.
 
 import fcntl
 import functools
+import json
 import os
 import socket
 import tempfile
@@ -22,14 +23,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from afd.data.integrity import DatasetRecord, open_dataset, verify_file
+from afd.data.integrity import DatasetRecord, open_dataset
+from afd.data.mds import INDEX_FILE
 from afd.data.schema import Sample, from_row, load_streaming
+from afd.data.store import ShardStore
 from afd.distributed import barrier, gather_objects
 from afd.types import VideoBatch
 
 CANONICAL_NODES = 1
 # streaming shuffles within blocks of this many samples.
-_SHUFFLE_BLOCK = 1 << 18
+SHUFFLE_BLOCK = 1 << 18
 _STATE_KEYS = ("epoch", "sample_in_epoch", "shuffle", "shuffle_seed", "num_canonical_nodes", "num_samples", "content")
 
 
@@ -41,7 +44,10 @@ def build_loader(
     rank: int,
     seed: int,
     shuffle: bool = True,
+    shuffle_block: int = SHUFFLE_BLOCK,
     cache: Path | None = None,
+    remote: str | None = None,
+    verify: str = "start",
 ) -> "ShardLoader":
     """Verify the shards and open them for training; every rank must call it (for world_size > 1 it is collective).
 
@@ -51,7 +57,10 @@ def build_loader(
         world_size, rank: as in the process group.
         seed: draws the order; in [0, 2**31).
         shuffle: a new order every epoch; otherwise the order of writing.
+        shuffle_block: samples that are shuffled together.
         cache: where uncompressed shards go; by default beside the packed ones.
+        remote: where shards come from that are not in the folder; they are fetched as they are read.
+        verify: "start" checks (and unpacks) all local shards now, "first_use" each when it is first read.
     Raises:
         ValueError: the folder is missing, damaged or hostile; it has fewer samples than one global batch; a number
             is out of range; or world_size > 1 without a process group of that size.
@@ -66,24 +75,29 @@ def build_loader(
         raise ValueError(
             f"rank {rank} of world_size {world_size} needs a process group of that size, got {ranks} ranks"
         )
-    record = open_dataset(Path(shards), cache)
+    if verify not in ("start", "first_use"):
+        raise ValueError(f"verify must be 'start' or 'first_use', got {verify!r}")
+    store = ShardStore(Path(shards), cache=cache, remote=remote)
+    if verify == "start" and remote is None:
+        open_dataset(Path(shards), cache)
+    record = store.record
     if record.num_samples < batch_size_per_rank * world_size:
         raise ValueError(
             f"{shards} must hold at least one global batch of {batch_size_per_rank} x {world_size} ranks, "
             f"got {record.num_samples} samples"
         )
-    dataset = _open_streaming(record.path, batch_size_per_rank * world_size, seed, shuffle)
-    return ShardLoader(dataset, record, batch_size_per_rank=batch_size_per_rank, world_size=world_size, rank=rank)
+    dataset = _open_streaming(record.path, batch_size_per_rank * world_size, seed, shuffle, shuffle_block)
+    return ShardLoader(dataset, store, batch_size_per_rank=batch_size_per_rank, world_size=world_size, rank=rank)
 
 
 class ShardLoader(Iterator[VideoBatch]):
     """Endless batches of this rank; `state_dict` is the exact position, valid for any world size."""
 
     def __init__(
-        self, dataset: Any, record: DatasetRecord, *, batch_size_per_rank: int, world_size: int, rank: int
+        self, dataset: Any, store: ShardStore, *, batch_size_per_rank: int, world_size: int, rank: int
     ) -> None:
-        """Wrap a `streaming.StreamingDataset` of a verified folder; use `build_loader`."""
-        self.record = record
+        """Wrap a `streaming.StreamingDataset` of a checked folder; use `build_loader`."""
+        self.record, self._store = store.record, store
         self._dataset = dataset
         self._batch_size, self._world_size, self._rank = batch_size_per_rank, world_size, rank
         self._epoch_order = functools.lru_cache(maxsize=2)(self._draw_epoch_order)
@@ -177,25 +191,45 @@ class ShardLoader(Iterator[VideoBatch]):
         begin = position + self._rank * self._batch_size
         places = (divmod(place, self.num_samples) for place in range(begin, begin + self._batch_size))
         sample_ids = [int(self._epoch_order(epoch)[offset]) for epoch, offset in places]
-        return to_batch([self._read_sample(sample_id) for sample_id in sample_ids], sample_ids)
+        rows = [tuple(map(int, self._dataset.spanner[sample_id])) for sample_id in sample_ids]
+        self._store.ensure_all(sorted({shard for shard, _ in rows}))
+        samples = [self._read_sample(sample_id, *row) for sample_id, row in zip(sample_ids, rows, strict=True)]
+        return to_batch(samples, sample_ids)
 
-    def _read_sample(self, sample_id: int) -> Sample:
-        shard_number, _ = self._dataset.spanner[sample_id]
-        shard = self.record.shards[shard_number]
-        path = self.record.path / shard.raw.name
-        verify_file(path, shard.raw)  # one stat unless the file changed since it was verified
-        return _checked(self._dataset[sample_id], self.record, f"{path}: sample {sample_id}")
+    def _read_sample(self, sample_id: int, shard: int, row: int) -> Sample:
+        path = self._store.ensure(shard)  # one stat unless the file changed since it was verified
+        return _checked(self._dataset.shards[shard][row], self.record, f"{path}: sample {sample_id}")
 
 
-def read_all(shards: Path, cache: Path | None = None) -> list[Sample]:
-    """Read every sample of a verified folder, in the order of writing; touches no process group.
+def iterate(shards: Path, cache: Path | None = None, *, remote: str | None = None) -> Iterator[Sample]:
+    """Yield every sample of a folder in the order of writing, each shard verified before it is read.
+
+    Touches no process group and holds one sample at a time.
 
     Raises:
         ValueError: as `build_loader`.
     """
-    record = open_dataset(Path(shards), cache)
-    dataset = load_streaming().LocalDataset(str(record.path))
-    return [_checked(dataset[i], record, f"{record.path}: sample {i}") for i in range(record.num_samples)]
+    store = ShardStore(Path(shards), cache=cache, remote=remote)
+    index = json.loads((store.record.path / INDEX_FILE).read_text())
+    load_streaming()
+    from streaming.base.format.mds.reader import MDSReader
+
+    for number, entry in enumerate(index["shards"]):
+        path = store.ensure(number)
+        reader = MDSReader.from_json(str(store.record.path), "", entry)
+        for row in range(store.record.shards[number].num_samples):
+            yield _checked(reader[row], store.record, f"{path}: row {row}")
+
+
+def read_all(shards: Path, cache: Path | None = None, *, remote: str | None = None) -> list[Sample]:
+    """Every sample of a folder, in the order of writing.
+
+    Raises:
+        ValueError: as `build_loader`.
+    """
+    if remote is None:
+        open_dataset(Path(shards), cache)
+    return list(iterate(shards, cache, remote=remote))
 
 
 def to_batch(samples: Sequence[Sample], sample_ids: Sequence[int] | None = None) -> VideoBatch:
@@ -223,7 +257,7 @@ def _checked(row: Mapping[str, Any], record: DatasetRecord, label: str) -> Sampl
     return sample
 
 
-def _open_streaming(path: Path, global_batch: int, seed: int, shuffle: bool) -> Any:
+def _open_streaming(path: Path, global_batch: int, seed: int, shuffle: bool, shuffle_block: int) -> Any:
     """Make the StreamingDataset. Its shared memory is claimed under a lock of this machine, so that two runs that
     start together cannot take the same names; names left by a killed run are passed over.
     """
@@ -239,7 +273,7 @@ def _open_streaming(path: Path, global_batch: int, seed: int, shuffle: bool) -> 
             shuffle=shuffle,
             shuffle_seed=seed,
             num_canonical_nodes=CANONICAL_NODES,
-            shuffle_block_size=_SHUFFLE_BLOCK,
+            shuffle_block_size=shuffle_block,
         )
         barrier()
     return dataset

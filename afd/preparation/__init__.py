@@ -25,6 +25,12 @@ def shard_folders(config: RunConfig) -> tuple[Path, Path]:
     return config.data.train_shards or data / "train", config.data.heldout_shards or data / "heldout"
 
 
+def shard_places(config: RunConfig) -> tuple[tuple[Path, str | None], tuple[Path, str | None]]:
+    """(folder, remote) of the training and of the held-out shards; remote is None for shards that are here."""
+    train, heldout = shard_folders(config)
+    return (train, config.data.train_remote), (heldout, config.data.heldout_remote)
+
+
 def prepare_shards(config: RunConfig, *, overwrite: bool = False) -> dict[str, ShardSummary]:
     """Read the teacher's videos and write both splits' shards; folders that already match are kept.
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from afd.config import RunConfig
-from afd.data.integrity import read_record
+from afd.data.store import ShardStore
 from afd.distributed import World, all_reduce_sum, close_world, gather_objects, init_world
-from afd.preparation import shard_folders
+from afd.preparation import shard_places
 
 _TIMEOUT_S = 120.0
 _FREE_BYTES = 2**30
@@ -100,13 +100,13 @@ def _shard_problems(config: RunConfig) -> list[str]:
     if config.teacher.kind != "shards":
         return []
     problems = []
-    for folder in shard_folders(config):
+    for folder, remote in shard_places(config):
         try:
-            record = read_record(folder)
+            record = ShardStore(folder, remote=remote).record
         except ValueError as error:
             problems.append(str(error))
             continue
-        for shard in record.shards:
+        for shard in record.shards if remote is None else ():
             stored = shard.packed or shard.raw
             size = (record.path / stored.name).stat().st_size if (record.path / stored.name).is_file() else None
             if size != stored.size:

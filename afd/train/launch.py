@@ -16,10 +16,11 @@ import torch
 
 from afd.config import RunConfig
 from afd.config_file import ConfigError, dump_config, load_config
-from afd.data.integrity import open_dataset, read_record
+from afd.data.integrity import open_dataset
+from afd.data.store import ShardStore
 from afd.distributed import World, adopt_slurm_task, barrier, broadcast_object, close_world, init_world, set_timeouts
 from afd.evaluation.report import terminal_table
-from afd.preparation import prepare_shards, shard_folders
+from afd.preparation import prepare_shards, shard_places
 from afd.stopping import MARKER, STOPPED, StopRequest, catch_stop_signals, write_marker
 from afd.tracking import JournalTracker, MLflowTracker, NullTracker, Tracker
 from afd.train.checkpoint import find_commit
@@ -89,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
     RunLock(config.output_dir).check()
     if not arguments.fresh:
         check_resumable(config, plan)
-    if config.teacher.kind == "shards":
+    if config.teacher.kind != "physics":
         _check_shard_shapes(config, plan)
     if arguments.dry_run:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -116,8 +117,9 @@ def _train(
         stop.output_dir = output
         if config.teacher.kind == "physics":
             _prepare_on_main(config, is_main=world.is_main)
-        for folder in shard_folders(config):
-            open_dataset(folder)  # whole, before anything of the run is written
+        for folder, remote in shard_places(config):  # before anything of the run is written
+            if remote is None and config.data.verify == "start":
+                open_dataset(folder)
         commit = find_commit(output / "checkpoints")
         resumed_step = read_manifest(commit)["step"] if commit else None
         # Heavy imports wait until everything cheap has been checked.
@@ -157,10 +159,10 @@ def _leave_stopped(output: Path, step: int, stop: StopRequest, world: World) -> 
 
 
 def _check_shard_shapes(config: RunConfig, plan: RunPlan) -> None:
-    """Shards made elsewhere must hold what this student reads; reads their headers only."""
+    """Shards made elsewhere must hold what this student reads; reads (and fetches) records only."""
     embeds = (plan.shape.text_len, plan.shape.text_dim)
-    for folder in shard_folders(config):
-        record = read_record(folder)
+    for folder, remote in shard_places(config):
+        record = ShardStore(folder, remote=remote).record
         for name, expected, got in (
             ("latents", plan.latents, record.latent_shape),
             ("prompt embeddings", embeds, record.prompt_embeds_shape),

@@ -21,7 +21,7 @@ from afd.planning.hardware import ASSUMED
 from afd.planning.memory import Memory, describe_memory, plan_memory
 from afd.planning.refusals import check_divides, check_fits
 from afd.planning.workload import build_workload, engine_settings
-from afd.preparation import shard_folders
+from afd.preparation import shard_places
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
 from afd.train.ds_config import DSConfig, batch_arithmetic, load_ds_config
 from afd.train.learning_rate import check_lr_owner
@@ -90,8 +90,8 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
         raise ConfigError(
             "rollout.group_size must be > 1 with nft.baseline = group (or take nft.baseline=batch), got 1"
         )
-    for folder in shard_folders(config) if config.teacher.kind == "shards" else ():
-        if not (folder / "index.json").is_file():
+    for folder, remote in shard_places(config) if config.teacher.kind != "physics" else ():
+        if remote is None and not (folder / "index.json").is_file():
             raise ConfigError(f"shard folder {folder} must hold index.json, which is missing (write one: afd prepare)")
     _check_disk(config, student.num_parameters)
     workload = build_workload(

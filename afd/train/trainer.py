@@ -22,7 +22,7 @@ from afd.evaluation.heldout import HeldoutEvaluator, Summary
 from afd.evaluation.report import build_report
 from afd.evaluation.samples import write_samples
 from afd.models.encoders import load_codec
-from afd.preparation import shard_folders
+from afd.preparation import shard_places
 from afd.stopping import StopRequest, Watchdog
 from afd.tracking import Tracker
 from afd.train.averaging import ParameterAverage
@@ -63,7 +63,7 @@ class Trainer:
         self._warmup: list[dict[str, float]] = []  # the discriminator's steps before the student's first
         self._saved = (0, 0)  # (warm-up steps, steps) on disk
         self.evaluation: dict[str, Summary] = {}
-        train_shards, heldout_shards = shard_folders(config)
+        (train_shards, train_remote), (heldout_shards, heldout_remote) = shard_places(config)
         self.loader = build_loader(
             train_shards,
             batch_size_per_rank=plan.prompts_per_rank,
@@ -71,9 +71,15 @@ class Trainer:
             rank=world.rank,
             seed=config.seed,
             shuffle=config.data.shuffle,
-        )
+            shuffle_block=config.data.shuffle_block,
+            remote=train_remote,
+            verify=config.data.verify,
+        ).read_ahead(config.data.read_ahead)
         self.evaluator = HeldoutEvaluator(
-            to_batch(read_all(heldout_shards)).to(world.device), load_codec(config.encoders), config, world
+            to_batch(read_all(heldout_shards, remote=heldout_remote)).to(world.device),
+            load_codec(config.encoders),
+            config,
+            world,
         )
         self._samples: dict[str, np.ndarray] = {}
 

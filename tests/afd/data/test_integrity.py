@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from afd.data.integrity import open_dataset, read_record
 from afd.data.loader import build_loader, read_all
@@ -128,11 +129,16 @@ def test_damaged_unpacked_copy_is_made_again(shards: Path, caplog: pytest.LogCap
     assert raw.read_bytes() == good
 
 
-def test_shard_damaged_during_a_run_is_found(shards: Path) -> None:
-    loader = build_loader(shards, batch_size_per_rank=23, world_size=1, rank=0, seed=0)
-    next(loader)
+def test_shard_damaged_during_a_run_is_made_again_or_stops_it(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = build_loader(shards, batch_size_per_rank=23, world_size=1, rank=0, seed=0, shuffle=False)
+    good = next(loader)
     flip_bit(shards / "shard.00003.mds")
-    with pytest.raises(ValueError, match=r"shard.00003.mds is damaged"):
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(next(loader).latents, good.latents)
+    assert "shard.00003.mds is damaged" in caplog.text
+    for name in ("shard.00003.mds", "shard.00003.mds.zstd"):
+        flip_bit(shards / name)
+    with pytest.raises(ValueError, match=r"shard.00003.mds.zstd is damaged"):
         next(loader)
 
 

@@ -1,0 +1,165 @@
+"""Shards made available one by one: fetched from a remote, verified and unpacked when they are first read.
+
+A remote is anything mosaicml-streaming has a downloader for; its index is checked here before `streaming` sees it, and
+no file name of it is followed outside the local folder. A shard that arrives damaged is fetched again, three times at
+most; the last bad copy stays in `quarantine/` for a look, and the run stops with the shard's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from afd.data.integrity import (
+    FileRecord,
+    cache_folder,
+    lock_folder,
+    read_record,
+    unpack_shard,
+    verify_file,
+    write_plain_index,
+)
+from afd.data.mds import INDEX_FILE
+from afd.data.schema import load_streaming
+from afd.data.writer import DATASET_FILE
+
+QUARANTINE = "quarantine"
+MAX_FETCHES = 3
+_TIMEOUT_S = 300.0
+_NUM_FETCHERS = 4
+# Ranks of a host share the local folder; two shards rarely share a lock.
+_NUM_LOCKS = 64
+
+logger = logging.getLogger(__name__)
+
+
+class ShardStore:
+    """One folder of shards, its record checked; `ensure` makes a shard readable.
+
+    Attributes:
+        record: its `path` is the folder with the uncompressed shards.
+    """
+
+    def __init__(self, shards: Path, *, cache: Path | None = None, remote: str | None = None) -> None:
+        """Read and check the record; no shard is touched.
+
+        Args:
+            shards: the folder `write_shards` made; with a remote, the local copy (made if absent).
+            cache: where uncompressed shards go; by default beside the packed ones.
+            remote: where files that are missing or damaged come from.
+        Raises:
+            ValueError: the record is missing or broken, or says something it must not.
+        """
+        self._remote = None if remote is None else remote.removeprefix("file://").rstrip("/")
+        self._source = Path(shards).absolute()
+        if self._remote is not None:
+            self._fetch_record()
+        self.record = read_record(self._source)
+        if cache is not None:
+            target = cache_folder(Path(cache), self.record)
+            with lock_folder(target):
+                write_plain_index(self.record, target)
+            self.record = replace(self.record, path=target)
+
+    def ensure(self, number: int) -> Path:
+        """Fetch, verify and unpack shard `number` unless that is done; returns its uncompressed file.
+
+        Raises:
+            ValueError: it is missing or damaged, and so is every copy the remote gave.
+        """
+        shard = self.record.shards[number]
+        path = self.record.path / shard.raw.name
+        if self._is_ready(path, shard.raw):
+            return path
+        with lock_folder(self.record.path, f".lock-{number % _NUM_LOCKS}"):
+            packed = shard.packed or shard.raw
+            if self._remote is not None and not self._is_ready(self._source / packed.name, packed):
+                self._fetch(packed)
+            unpack_shard(shard, self._source, self.record.path)
+        return path
+
+    def ensure_all(self, numbers: Iterable[int] | None = None) -> None:
+        """Make many shards readable, by default all; several downloads go side by side."""
+        wanted = list(range(len(self.record.shards)) if numbers is None else numbers)
+        if self._remote is None or len(wanted) < 2:
+            for number in wanted:
+                self.ensure(number)
+            return
+        with ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="fetch") as fetchers:
+            list(fetchers.map(self.ensure, wanted))
+
+    def _is_ready(self, path: Path, expected: FileRecord) -> bool:
+        """Whether a file is there and right (one stat, once it was verified); a damaged one is reported and goes."""
+        if not os.path.lexists(path):
+            return False
+        try:
+            verify_file(path, expected)
+        except ValueError as error:
+            if self._remote is None and path.parent == self._source and expected.name == path.name:
+                return False  # the user's own file: unpack_shard says what is wrong with it
+            logger.warning("%s; fetching it again", error)
+            path.unlink()
+            return False
+        return True
+
+    def _fetch(self, expected: FileRecord) -> None:
+        incoming = self._source / f".incoming.{expected.name}"
+        problem = ""
+        for _ in range(MAX_FETCHES):
+            incoming.unlink(missing_ok=True)
+            try:
+                self._download(expected.name, incoming)
+                verify_file(incoming, expected)
+            except ValueError as error:
+                problem = str(error)
+                logger.warning("%s", problem)
+                continue
+            os.replace(incoming, self._source / expected.name)
+            return
+        kept = ""
+        if incoming.exists():
+            (self._source / QUARANTINE).mkdir(exist_ok=True)
+            os.replace(incoming, self._source / QUARANTINE / expected.name)
+            kept = f"; the last copy is {self._source / QUARANTINE / expected.name}"
+        raise ValueError(
+            f"shard {expected.name} of {self._remote} cannot be had in {MAX_FETCHES} tries: {problem}{kept}"
+        )
+
+    def _fetch_record(self) -> None:
+        """Bring dataset.json and index.json here, checked; what is here already stays: a run's data does not change."""
+        self._source.mkdir(parents=True, exist_ok=True)
+        with lock_folder(self._source):
+            if (self._source / INDEX_FILE).is_file() and (self._source / DATASET_FILE).is_file():
+                return
+            incoming = self._source / ".incoming"
+            shutil.rmtree(incoming, ignore_errors=True)
+            incoming.mkdir()
+            try:
+                for name in (DATASET_FILE, INDEX_FILE):
+                    self._download(name, incoming / name)
+                read_record(incoming)
+                for name in (DATASET_FILE, INDEX_FILE):  # the index last: with it the folder counts as there
+                    os.replace(incoming / name, self._source / name)
+            finally:
+                shutil.rmtree(incoming, ignore_errors=True)
+
+    def _download(self, name: str, to: Path) -> None:
+        """Fetch one file through streaming's downloader for this kind of remote.
+
+        Raises:
+            ValueError: there is no such file, no such kind of remote, or the way there is broken; names the file.
+        """
+        assert self._remote is not None
+        load_streaming()
+        downloaders = importlib.import_module("streaming.base.storage.download")
+        address = f"{self._remote}/{name}"
+        try:
+            downloaders.CloudDownloader.direct_download(address, str(to), _TIMEOUT_S)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"{address} cannot be fetched: {error}") from error
