@@ -71,7 +71,7 @@ test-triton-3.6: $(OLD_TRITON_STAMP)
 
 test-slurm: $(STAMP)
 	@tests/launch/slurm/install.sh
-	python -m pytest -q -m slurm
+	python -m pytest -q -m slurm tests/launch
 
 check: $(STAMP)
 	ruff format --check .
