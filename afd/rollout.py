@@ -11,6 +11,7 @@ from torch import Tensor
 from afd.config import RolloutSection, StudentShape
 from afd.diffusion.flow_matching import add_noise, sampler_grid, x0_from_velocity
 from afd.distributed import seeded_generator
+from afd.models.conditioning import ImageCondition
 from afd.models.student import CausalStudent
 from afd_kernels import layout
 
@@ -93,6 +94,7 @@ class RolloutSampler:
         *,
         latent_size: tuple[int, int],
         num_frames: int | None = None,
+        image: ImageCondition | None = None,
     ) -> None:
         """Allocate the cache.
 
@@ -102,12 +104,14 @@ class RolloutSampler:
             times: when to denoise.
             latent_size: (H, W).
             num_frames: F of the whole video; None for no end, which needs the student's window.
+            image: what an image-to-video student sees of its image, for every frame that will be generated.
         Raises:
             ValueError: the prompts do not fit, or neither a length nor a window bounds the memory.
         """
         self.student = student
         self.times = times
-        self._prompt = student.prompt_keys_values(prompt_embeds)
+        self._image = image or ImageCondition()
+        self._prompt = student.prompt_keys_values(prompt_embeds, image=image)
         device = prompt_embeds.device
         self._cache = student.new_cache(len(prompt_embeds), num_frames, latent_size, device=device)
         self._unwritten: tuple[Tensor, Tensor | None] | None = None  # the finished chunk and its context noise
@@ -142,21 +146,48 @@ class RolloutSampler:
         t = _times_like(noise, length)
         x_t = x0 = noise[:, 0]
         for step, time in enumerate(times):
-            v = self.student.forward_chunk(x_t, t.fill_(time), self._prompt, self._cache, frame_offset=start)
+            v = self._velocity(x_t, t.fill_(time), start)
             x0 = x0_from_velocity(x_t, v, t)
             if step + 1 < len(times):
                 x_t = add_noise(x0, noise[:, step + 1], t.fill_(times[step + 1]))
         context_noise = noise[:, self.times.num_noises - 1] if self.times.context_noise else None
+        self._finish(x0, context_noise)
+        return x0
+
+    @torch.no_grad()
+    def give_chunk(self, x0: Tensor, context_noise: Tensor | None = None) -> None:
+        """Take the next chunk as given instead of generating it: a first frame to continue, or a whole beginning.
+
+        Args:
+            x0: clean latents [N, C, K, H, W].
+            context_noise: standard normal like x0; needed where the context is noised.
+        Raises:
+            ValueError: another chunk length, or context noise is missing.
+        """
+        if x0.ndim != 5 or x0.shape[2] != self.next_chunk_frames:
+            raise ValueError(f"x0 must be [N, C, {self.next_chunk_frames}, H, W] for this chunk, got {list(x0.shape)}")
+        if self.times.context_noise and (context_noise is None or context_noise.shape != x0.shape):
+            got = None if context_noise is None else list(context_noise.shape)
+            raise ValueError(f"context_noise must be {list(x0.shape)} like x0, got {got}")
+        self._write_context()
+        self._cache.begin_chunk(x0.shape[2])
+        self._finish(x0, context_noise if self.times.context_noise else None)
+
+    def _finish(self, x0: Tensor, context_noise: Tensor | None) -> None:
         self._unwritten = (x0, context_noise)
         self.num_chunks += 1
-        self.num_frames += length
-        return x0
+        self.num_frames += x0.shape[2]
+
+    def _velocity(self, x_t: Tensor, t: Tensor, start: int) -> Tensor:
+        """Velocity of the current chunk, whose first frame is `start`, against the cache."""
+        image = self._image.frames(start, start + x_t.shape[2])
+        return self.student.forward_chunk(x_t, t, self._prompt, self._cache, frame_offset=start, image=image)
 
     @torch.no_grad()
     def set_prompt(self, prompt_embeds: Tensor) -> None:
         """Go on with other prompts [N, L, D]; what has been generated stays context, written under its own prompt."""
         self._write_context()
-        self._prompt = self.student.prompt_keys_values(prompt_embeds)
+        self._prompt = self.student.prompt_keys_values(prompt_embeds, image=self._image)
 
     def _write_context(self) -> None:
         """Overwrite the last chunk's noisy keys and values by those of the finished chunk."""
@@ -166,7 +197,7 @@ class RolloutSampler:
         t = _times_like(x0, x0.shape[2]).fill_(self.times.context_noise)
         x_t = x0 if eps is None else add_noise(x0, eps, t)
         start = self.num_frames - x0.shape[2]
-        self.student.forward_chunk(x_t, t, self._prompt, self._cache, frame_offset=start)
+        self._velocity(x_t, t, start)
         self._unwritten = None
 
 

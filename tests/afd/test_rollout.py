@@ -10,6 +10,7 @@ from torch import Tensor
 
 from afd.config import StudentShape
 from afd.config_file import load_config
+from afd.models.conditioning import ImageCondition
 from afd.models.student import CausalStudent
 from afd.rollout import RolloutSampler, SamplerTimes, chunk_spans, rollout, rollout_noise, sampler_times
 
@@ -215,3 +216,52 @@ def test_a_video_must_divide_into_chunks(shape: dict[str, Any], num_frames: int,
     message = rf"num_frames must be {first} \+ a multiple of the student's chunk {chunk}, got {num_frames}"
     with pytest.raises(ValueError, match=message):
         chunk_spans(StudentShape(**shape), num_frames)
+
+
+@pytest.mark.parametrize("context_noise", [0.0, 0.1])
+def test_a_given_first_frame_is_continued_as_if_it_had_been_generated(context_noise: float) -> None:
+    student, prompt = make_student(chunk_frames=2, first_chunk_frames=1), normal(2, 4, 6)
+    times = replace(TWO_STEPS, context_noise=context_noise)
+    noise = normal(2, times.num_noises, 3, 5, 2, 2)
+    whole = rollout(student, prompt, noise, times)
+    sampler = RolloutSampler(student, prompt, times, latent_size=(2, 2), num_frames=5)
+    sampler.give_chunk(whole[:, :, :1], noise[:, -1, :, :1])
+    chunks = [sampler.next_chunk(noise[:, :, :, start:end]) for start, end in ((1, 3), (3, 5))]
+    assert torch.equal(torch.cat(chunks, dim=2), whole[:, :, 1:])
+
+
+def test_a_given_chunk_must_fit() -> None:
+    times = replace(TWO_STEPS, context_noise=0.1)
+    sampler = RolloutSampler(make_student(chunk_frames=2), normal(1, 4, 6), times, latent_size=(2, 2), num_frames=4)
+    with pytest.raises(ValueError, match=r"x0 must be \[N, C, 2, H, W\] for this chunk, got \[1, 3, 1, 2, 2\]"):
+        sampler.give_chunk(normal(1, 3, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"context_noise must be \[1, 3, 2, 2, 2\] like x0, got None"):
+        sampler.give_chunk(normal(1, 3, 2, 2, 2))
+
+
+def test_an_image_to_video_student_rolls_out_what_it_is_trained_on() -> None:
+    student = make_student(in_channels=8, chunk_frames=2, image_dim=5)
+    prompt, noise = normal(2, 4, 6), normal(2, 1, 3, 4, 2, 2)
+    image = ImageCondition(normal(2, 5, 4, 2, 2, seed=2), normal(2, 3, 5, seed=3))
+    one_step = SamplerTimes((0.8,))
+    sampler = RolloutSampler(student, prompt, one_step, latent_size=(2, 2), num_frames=4, image=image)
+    video = torch.cat([sampler.next_chunk(noise[:, :, :, start : start + 2]) for start in (0, 2)], dim=2)
+    t = torch.full((2, 4), 0.8, dtype=torch.float64)
+    with torch.no_grad():
+        v = student(noise[:, 0], t, prompt, clean=video, image=image)
+        other = student(noise[:, 0], t, prompt, clean=video, image=image_of_zeros(image))
+    torch.testing.assert_close(noise[:, 0] - 0.8 * v, video, rtol=0, atol=1e-10)
+    assert (v - other).abs().max() > 1e-2
+    for wrong, message in (
+        (ImageCondition(None, image.embeds), r"image.latents must be \[2, 5, 4, 2, 2\] for this student, got None"),
+        (ImageCondition(image.latents, None), r"image.embeds must be \[2, tokens, 5\] .* got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            student(noise[:, 0], t, prompt, image=wrong)
+
+
+def image_of_zeros(image: ImageCondition) -> ImageCondition:
+    """Another image of the same sizes."""
+    assert image.latents is not None
+    assert image.embeds is not None
+    return ImageCondition(torch.zeros_like(image.latents), torch.zeros_like(image.embeds))
