@@ -80,28 +80,32 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[CausalStudent, RunConfig]:
-    """The student on its device and the configuration it runs with; encoders are checked first."""
+    """The student on its device and the configuration it runs with; what does not fit is refused first."""
     import torch
 
     from afd.config import configured_shape
-    from afd.models.encoders import QUICKSTART_ASSETS, check_encoders
+    from afd.models.encoders import QUICKSTART_ASSETS
+    from afd.models.weights import load_student, read_student_shape
+    from afd.sampling.checks import check_sampling
 
     path = arguments.checkpoint or QUICKSTART_ASSETS / "student.safetensors"
-    if path.is_file() or (path / "config.json").is_file():
-        from afd.models.weights import load_student
-
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if path.is_file() or any((path / name).is_file() for name in ("config.json", "model_index.json")):
         config = load_config(arguments.config) if arguments.config else RunConfig()
+        check_sampling(config, configured_shape(read_student_shape(path), config.student), is_stream=arguments.stream)
         student = load_student(path)
         student.shape = configured_shape(student.shape, config.student)
     else:
+        from afd.train.checkpoint import CONFIG, STUDENT_WEIGHTS
         from afd.train.restore import load_commit, resolve_commit
 
         if arguments.config:
             raise ConfigError("--config must not be given for a commit, which has its own")
-        average = None if arguments.weights == "raw" else arguments.weights
-        student, config = load_commit(resolve_commit(path), average=average)
-    check_encoders(config.encoders, student.shape)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        commit, average = resolve_commit(path), None if arguments.weights == "raw" else arguments.weights
+        config = load_config(commit / CONFIG)
+        shape = configured_shape(read_student_shape(commit / STUDENT_WEIGHTS), config.student)
+        check_sampling(config, shape, is_stream=arguments.stream)
+        student, config = load_commit(commit, average=average)
     return student.eval().requires_grad_(False).to(device, getattr(torch, arguments.dtype)), config
 
 

@@ -5,7 +5,6 @@ All checks raise `ConfigError` with one line naming the field, what was expected
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 
 from afd.config import RunConfig, StudentShape
 from afd.config_file import ConfigError, dump_config
-from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, text_encoder_folder
+from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, read_text_config, text_encoder_folder
 from afd.models.weights import open_student, read_student_shape
 from afd.planning.hardware import ASSUMED
 from afd.planning.memory import Memory, describe_memory, plan_memory
@@ -140,9 +139,9 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
         )
     folder = text_encoder_folder(config.encoders)
     try:
-        text_dim = json.loads((folder / "config.json").read_text())["d_model"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"encoders.text_path {folder} must hold a T5 config.json with d_model: {error}") from error
+        text_dim = read_text_config(folder)["d_model"]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     for owner, got in (("student text_dim", shape.text_dim), ("discriminator.shape.text_dim", discriminator.text_dim)):
         if got != text_dim:
             raise ConfigError(f"{owner} must be {text_dim}, the width of the text encoder {folder.name}, got {got}")

@@ -135,7 +135,7 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
             {},
             "discriminator.shape.text_dim must be 32, the width of the text encoder text_encoder, got 24",
         ),
-        (["encoders.text_path=nowhere"], {}, "encoders.text_path nowhere must hold a T5 config.json with d_model: "),
+        (["encoders.text_path=nowhere"], {}, "text encoder folder nowhere must be a folder, which is missing"),
         ([], {"shape": {"text_len": 15}}, "encoders.text_len must be at most 15, the student's text_len, got 16"),
         (
             [],
