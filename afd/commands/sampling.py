@@ -85,16 +85,16 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalStudent, RunConfig]:
 
     from afd.config import configured_shape
     from afd.models.encoders import QUICKSTART_ASSETS
-    from afd.models.weights import load_student, read_student_shape
+    from afd.models.weights import load_student, read_student_shape, stored_shape
     from afd.sampling.checks import check_sampling
 
-    path = arguments.checkpoint or QUICKSTART_ASSETS / "student.safetensors"
+    config = load_config(arguments.config) if arguments.config else RunConfig()
+    path = arguments.checkpoint or config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if path.is_file() or any((path / name).is_file() for name in ("config.json", "model_index.json")):
-        config = load_config(arguments.config) if arguments.config else RunConfig()
-        check_sampling(config, configured_shape(read_student_shape(path), config.student), is_stream=arguments.stream)
-        student = load_student(path)
-        student.shape = configured_shape(student.shape, config.student)
+        given = config.student.model_dump()
+        check_sampling(config, read_student_shape(path, given), is_stream=arguments.stream)
+        student = load_student(path, config=given, dtype=getattr(torch, arguments.dtype))
     else:
         from afd.train.checkpoint import CONFIG, STUDENT_WEIGHTS
         from afd.train.restore import load_commit, resolve_commit
@@ -103,7 +103,7 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalStudent, RunConfig]:
             raise ConfigError("--config must not be given for a commit, which has its own")
         commit, average = resolve_commit(path), None if arguments.weights == "raw" else arguments.weights
         config = load_config(commit / CONFIG)
-        shape = configured_shape(read_student_shape(commit / STUDENT_WEIGHTS), config.student)
+        shape = configured_shape(stored_shape(commit / STUDENT_WEIGHTS), config.student)
         check_sampling(config, shape, is_stream=arguments.stream)
         student, config = load_commit(commit, average=average)
     return student.eval().requires_grad_(False).to(device, getattr(torch, arguments.dtype)), config

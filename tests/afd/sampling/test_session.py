@@ -5,11 +5,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 from afd.cli import main
 from afd.config import RunConfig, StudentShape
 from afd.models.encoders import QUICKSTART_ASSETS
-from afd.models.weights import load_student
+from afd.models.weights import load_student, original_name
 from afd.sampling.session import StreamRequest, num_chunks_of, run_stream, streaming_shape
 
 RED, YELLOW = "a large red ball is dropped", "a large yellow ball is dropped"
@@ -76,6 +77,18 @@ def test_the_command_streams_beyond_the_training_length_and_changes_the_prompt(
     green = [video[15:].max(axis=(1, 2))[:, 1].mean() for video in (kept, changed)]
     assert green[0] < 110
     assert green[1] > 150
+
+
+def test_weights_of_another_format_are_sampled_with_a_configuration(tmp_path: Path) -> None:
+    """A Self-Forcing style .pt of the shipped student gives the same video as the shipped file."""
+    tensors = load_student(QUICKSTART_ASSETS / "student.safetensors").state_dict()
+    torch.save({"generator_ema": {f"model.{original_name(name)}": t for name, t in tensors.items()}}, tmp_path / "a.pt")
+    (tmp_path / "a.yaml").write_text("student: {num_heads: 2, text_len: 16, chunk_frames: 3}\n")
+    common = ["sample", "--prompt", RED, "--seed", "1", "--scale", "1"]
+    given = ["--checkpoint", str(tmp_path / "a.pt"), "--config", str(tmp_path / "a.yaml")]
+    assert main([*common, "--out", str(tmp_path / "shipped.mp4")]) == 0
+    assert main([*common, *given, "--out", str(tmp_path / "original.mp4")]) == 0
+    assert np.array_equal(read(tmp_path / "shipped.mp4"), read(tmp_path / "original.mp4"))
 
 
 def test_wrong_use_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
