@@ -44,7 +44,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     read = to_batch(read_all(folder, remote=remote))
     world = init_world(config.timeout_s)
     try:
-        evaluator = HeldoutEvaluator(read.to(world.device), load_codec(config.encoders), config, world)
+        evaluator = HeldoutEvaluator(
+            read.to(world.device), load_codec(config.encoders, device=world.device), config, world
+        )
         roles = {"student": evaluator.evaluate(student.to(world.device)), "teacher": evaluator.evaluate_teacher()}
     finally:
         close_world()

@@ -65,8 +65,8 @@ class HeldoutEvaluator:
         return self._summarise(self._measure(self.batch.latents[mine], mine) if mine else [], rows)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Pixels [N, F, height, width, 3] float32 in [0, 1]."""
-        return self.codec.decode(latents).cpu().numpy()
+        """Pixels [N, F, height, width, 3] float32 in [0, 1], decoded clip by clip: pixels are large."""
+        return np.concatenate([self.codec.decode(clip).cpu().numpy() for clip in latents.split(1)])
 
     def _measure(self, latents: Tensor, prompt_rows: list[int]) -> list[dict[str, float]]:
         constants, video = self.config.teacher.physics, self.config.video

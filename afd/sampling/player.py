@@ -161,13 +161,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             self._send_json({"error": "expected application/json"}, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
             return
-        length = int(self.headers.get("Content-Length") or 0)
-        if length > _MAX_REQUEST_BYTES:
-            message = f"expected at most {_MAX_REQUEST_BYTES} bytes, got {length}"
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > _MAX_REQUEST_BYTES:
+            message = f"expected Content-Length up to {_MAX_REQUEST_BYTES}, got {length!r}"
             self._send_json({"error": message}, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
             return
         try:
-            self._steer(json.loads(self.rfile.read(length) or b"{}"))
+            self._steer(json.loads(self.rfile.read(int(length))))
         except ValueError as error:
             self._send_json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
 

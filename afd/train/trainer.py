@@ -77,7 +77,7 @@ class Trainer:
         ).read_ahead(config.data.read_ahead)
         self.evaluator = HeldoutEvaluator(
             to_batch(read_all(heldout_shards, remote=heldout_remote)).to(world.device),
-            load_codec(config.encoders),
+            load_codec(config.encoders, device=world.device),
             config,
             world,
         )

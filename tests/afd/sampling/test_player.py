@@ -46,9 +46,12 @@ def get(player: Player, path: str) -> bytes:
         return answer.read()
 
 
-def post(player: Player, path: str, body: bytes, kind: str = "application/json") -> tuple[int, dict[str, Any]]:
-    """Status and JSON of a POST."""
-    request = urllib.request.Request(player.url.rstrip("/") + path, body, {"Content-Type": kind})
+def post(
+    player: Player, path: str, body: bytes, kind: str = "application/json", length: str | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a POST; `length` may lie about the body's."""
+    headers = {"Content-Type": kind} | ({} if length is None else {"Content-Length": length})
+    request = urllib.request.Request(player.url.rstrip("/") + path, body, headers)
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.status, json.loads(answer.read())
@@ -114,6 +117,8 @@ def test_the_prompt_is_changed_and_a_bad_one_is_explained(player: Player) -> Non
     assert post(player, "/prompt", b'{"prompt": 3}') == (400, {"error": "prompt must be a string, got 3"})
     assert post(player, "/prompt", b"[")[0] == 400
     assert post(player, "/prompt", b" " * 20000)[0] == 413
+    for length in ("-1", "many", ""):
+        assert post(player, "/prompt", b"{}", length=length)[0] == 413
     assert post(player, "/elsewhere", b"{}") == (404, {"error": "no such page: /elsewhere"})
     assert player.prompt.in_use == "a green ball"
 

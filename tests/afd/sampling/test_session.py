@@ -1,5 +1,10 @@
 """Whole sessions on the shipped student, through the command."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
@@ -7,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import afd
 from afd.cli import main
 from afd.config import RunConfig, StudentShape
 from afd.models.encoders import QUICKSTART_ASSETS
@@ -107,3 +113,22 @@ def test_wrong_use_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["sample", "--prompt", RED, *arguments]) == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_stream_without_an_end(tmp_path: Path) -> None:
+    out, root = tmp_path / "a.mp4", Path(afd.__file__).parents[1]
+    command = [sys.executable, "-m", "afd.cli", "sample", "--stream", "--prompt", RED, "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not (out.exists() and out.stat().st_size > 4000):
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.1)
+    seen = len(read(out))  # while it is written
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert len(read(out)) >= seen > 0
+    assert f"{len(read(out))} frames, first chunk after" in output
