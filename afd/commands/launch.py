@@ -90,8 +90,8 @@ def _job(arguments: argparse.Namespace) -> SlurmJob:
     sweep = tuple(tuple(line.split()) for line in arguments.sweep)
     for line in sweep:
         load_config(arguments.config, [*arguments.overrides, *line])
-    if arguments.stage_to is not None and config.teacher.kind != "shards":
-        raise ConfigError(f"--stage-to needs teacher.kind=shards, got {config.teacher.kind!r}")
+    if arguments.stage_to is not None:
+        _check_stageable(config)
     environment = dict(_environment_pair(each) for each in arguments.env)
     values = {name: getattr(arguments, name) for name in _TEXT_OPTIONS}
     ranks = arguments.ranks_per_node or arguments.gpus_per_node or 1
@@ -144,10 +144,19 @@ def _stage(arguments: argparse.Namespace) -> None:
     from afd.preparation import shard_folders
 
     config = _config(arguments)
-    if config.teacher.kind != "shards":
-        raise ConfigError(f"staging needs teacher.kind=shards, got {config.teacher.kind!r}")
+    _check_stageable(config)
     for split, folder in zip(("train", "heldout"), shard_folders(config), strict=True):
         print(f"{split}: {stage_shards(folder, arguments.to, split)}")
+
+
+def _check_stageable(config: RunConfig) -> None:
+    if config.teacher.kind != "shards":
+        raise ConfigError(f"--stage-to needs teacher.kind=shards, got {config.teacher.kind!r}")
+    if config.data.train_remote or config.data.heldout_remote:
+        raise ConfigError(
+            "--stage-to copies local shards, got data.train_remote or data.heldout_remote: those are fetched to "
+            "data.train_shards and data.heldout_shards, which may be on the nodes' disks"
+        )
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:

@@ -13,10 +13,13 @@ import av.logging
 import cv2
 
 from afd.preparation.decoding import decode_clip
+from afd.stopping import ignore_stop_signals
 
 
 def main() -> None:
-    """Serve jobs until stdin ends."""
+    """Serve jobs until stdin ends. Signals that ask the whole job to stop are not for this process: its death would
+    read as the video's fault."""
+    ignore_stop_signals()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not come between the answers
     av.logging.set_level(av.logging.PANIC)

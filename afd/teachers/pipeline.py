@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from afd.stopping import ignore_stop_signals
 from afd.teachers.base import FinishedVideo, SourceReject, SourceVideo, VideoRequest, accept_all, request_id
 from afd.teachers.frames import encode_mp4
 from afd.teachers.ordered import obtain_in_order
@@ -161,7 +162,7 @@ class _Worker:
                 return "the run ended"
             if self._pool is None:
                 context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-                self._pool = ProcessPoolExecutor(1, mp_context=context)
+                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=ignore_stop_signals)
             try:
                 settings = json.dumps(asdict(call), sort_keys=True)
                 return self._pool.submit(

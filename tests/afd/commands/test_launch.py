@@ -47,6 +47,10 @@ def test_cpu_jobs_ask_for_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         (["--env", "A"], "error: --env must read NAME=VALUE, got 'A'"),
         (["--signal-lead-s", "100"], "error: --signal-lead-s must be at least stopping.grace_s + 60 s = 180, got 100"),
         (["--stage-to", "/scratch"], "error: --stage-to needs teacher.kind=shards, got 'physics'"),
+        (
+            ["--stage-to", "/s", "teacher.kind=shards", "data.train_remote=s3://b"],
+            "error: --stage-to copies local shards",
+        ),
         (["--name", "a\nb"], "error: name must hold no newline and no other control character, got 'a\\nb'"),
         (["--nodes", "0"], "error: --nodes: Input should be greater than 0"),
         (["--kind", "single", "--nodes", "2"], "error: --nodes must be 1 for single, got 2"),
