@@ -221,15 +221,25 @@ def unpack_shard(shard: ShardRecord, source: Path, target: Path) -> None:
         verify_file(source / shard.packed.name, shard.packed)
         _drop_if_damaged(raw, shard.raw)
         if not raw.exists():
-            write_whole(raw, _unpack(source / shard.packed.name, shard))
+            write_whole(raw, read_packed(source / shard.packed.name, shard))
     verify_file(raw, shard.raw)
     with raw.open("rb") as file:
-        head = file.read(4 * (shard.num_samples + 2))
+        read_offsets(file.read(4 * (shard.num_samples + 2)), shard, raw)
+
+
+def read_offsets(head: bytes, shard: ShardRecord, raw: Path) -> tuple[int, ...]:
+    """Where a shard's rows begin and the last one ends, from the shard's first 4 (num_samples + 2) bytes.
+
+    Raises:
+        ValueError: they are not those of a shard with so many rows and bytes.
+    """
+    head = head[: 4 * (shard.num_samples + 2)]
     offsets = struct.unpack(f"<{len(head) // 4}I", head[: len(head) // 4 * 4])
     if len(offsets) != shard.num_samples + 2 or offsets[0] != shard.num_samples or offsets[-1] != shard.raw.size:
         raise ValueError(f"{raw}: its header must list {shard.num_samples} samples in {shard.raw.size} bytes")
     if any(begin >= end for begin, end in itertools.pairwise(offsets[1:])) or offsets[1] < len(head):
         raise ValueError(f"{raw}: its sample offsets must rise from {len(head)} to {shard.raw.size}")
+    return offsets[1:]
 
 
 def _drop_if_damaged(raw: Path, expected: FileRecord) -> None:
@@ -269,7 +279,7 @@ def verify_file(path: Path, expected: FileRecord) -> None:
     _verified[path] = stamp
 
 
-def _unpack(path: Path, shard: ShardRecord) -> bytes:
+def read_packed(path: Path, shard: ShardRecord) -> bytes:
     """Decompress a verified zstd file that must hold exactly the promised number of bytes."""
     data = path.read_bytes()
     claimed = _zstd_content_size(data)

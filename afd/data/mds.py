@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 import zstd
 
-from afd.data.schema import BF16, COLUMNS, encode_bf16
+from afd.data.schema import BF16, COLUMNS, decode_bf16, encode_bf16
 
 INDEX_FILE = "index.json"
 HASHES = ["sha1", "xxh3_64"]  # streaming wants them sorted
@@ -57,6 +57,39 @@ def _encode(encoding: str, value: Any) -> bytes:
     if encoding == "float64":
         return struct.pack("<d", value)
     return bytes(value)
+
+
+def decode_row(data: bytes) -> dict[str, Any]:
+    """Undo `encode_row`.
+
+    Raises:
+        ValueError: the bytes do not add up, or a column is not of its kind.
+    """
+    names = sorted(COLUMNS)
+    variable = [name for name in names if COLUMNS[name] not in FIXED_SIZES]
+    if len(data) < 4 * len(variable):
+        raise ValueError(f"a row must have at least {4 * len(variable)} bytes, got {len(data)}")
+    sizes = dict(zip(variable, struct.unpack_from(f"<{len(variable)}I", data), strict=True))
+    row, at = {}, 4 * len(variable)
+    for name in names:
+        size = sizes.get(name, 8)
+        row[name] = _decode(COLUMNS[name], data[at : at + size])
+        at += size
+    if at != len(data):
+        raise ValueError(f"a row's columns must fill its {len(data)} bytes, got {at}")
+    return row
+
+
+def _decode(encoding: str, data: bytes) -> Any:
+    if encoding == "str":
+        return data.decode("utf-8")
+    if encoding == BF16:
+        return decode_bf16(data)
+    if encoding in FIXED_SIZES:
+        if len(data) != FIXED_SIZES[encoding]:
+            raise ValueError(f"a number has {FIXED_SIZES[encoding]} bytes, got {len(data)}")
+        return struct.unpack("<q" if encoding == "int" else "<d", data)[0]
+    return data
 
 
 def shard_config(shard_bytes: int) -> dict[str, Any]:

@@ -78,10 +78,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reject:
-    """A video that did not become a sample, and why."""
+    """A video that did not become a sample, why, and the file it was, where there is one."""
 
     source_id: str
     reason: str
+    file: str = ""
 
 
 def to_row(sample: Sample) -> dict[str, Any]:

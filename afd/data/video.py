@@ -121,7 +121,7 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
                 previous = time_s
                 yield time_s - first, frame.to_ndarray(format="rgb24")
     except (FFmpegError, OSError) as error:
-        raise ValueError(f"{label}: cannot be decoded as a video ({error})") from error
+        raise ValueError(f"{label}: cannot be decoded as a video: {error.strerror or error}") from error
 
 
 def _open(mp4: bytes | str | Path) -> Any:

@@ -133,12 +133,12 @@ def encode_sample(sample: Sample) -> EncodedRow:
 
 
 def write_rejects(rejects: Iterable[Reject], path: Path) -> int:
-    """Write one JSON object a line, `source_id` and `reason`; returns their number."""
+    """Write one JSON object a line: `source_id`, `file` where there is one, `reason`; returns their number."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for reject in rejects:
-            text = json.dumps({"source_id": reject.source_id, "reason": reject.reason}, ensure_ascii=True)
-            file.write(text + "\n")
+            row = {"source_id": reject.source_id, "file": reject.file, "reason": reject.reason}
+            file.write(json.dumps({name: text for name, text in row.items() if text}, ensure_ascii=True) + "\n")
             count += 1
     return count
 
@@ -203,7 +203,7 @@ def require_samples(shards: ShardFolder, out: Path, rejects: Sequence[Reject]) -
 def log_rejects(rejects: Sequence[Reject], count: int) -> None:
     """Warn of the first of `count` rejects by name, of the rest by number."""
     for reject in rejects[:NUM_LOGGED]:
-        logger.warning("rejected %s: %s", reject.source_id, reject.reason)
+        logger.warning("rejected %s: %s", reject.file or reject.source_id, reject.reason)
     if count > NUM_LOGGED:
         logger.warning("... and %d more, listed in %s", count - NUM_LOGGED, REJECTS_FILE)
 

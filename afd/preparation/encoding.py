@@ -68,7 +68,9 @@ class ClipEncoder:
         good = [pair for pair, problem in zip(batch, problems, strict=True) if problem is None]
         samples = iter(self._encode_good(good))
         return [
-            next(samples) if problem is None else Reject(video.source_id, problem)
+            next(samples)
+            if problem is None
+            else Reject(video.source_id, problem, "" if video.path is None else str(video.path))
             for (video, _), problem in zip(batch, problems, strict=True)
         ]
 

@@ -86,6 +86,12 @@ class Item:
         """The video, if it is one."""
         return self.given if isinstance(self.given, SourceVideo) else None
 
+    @property
+    def file(self) -> str:
+        """Where the video lies, if it is a file."""
+        path = self.video.path if self.video else None
+        return "" if path is None else str(path).encode("utf-8", "backslashreplace").decode()
+
 
 class Seen:
     """Digests that came before, with the source_id that brought them: a temporary database outside of memory."""

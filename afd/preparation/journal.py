@@ -208,7 +208,7 @@ class Journal:
 
     def add_reject(self, number: int | None, reject: Reject, key: bytes | None = None) -> None:
         """Note a reject; `key` where its video counts as seen all the same."""
-        event = {"n": number, "reject": reject.source_id, "reason": reject.reason}
+        event = {"n": number, "reject": reject.source_id, "reason": reject.reason, "file": reject.file}
         self._append({**event, "key": key.hex()} if key else event)
 
     def add_end(self) -> None:
@@ -217,7 +217,8 @@ class Journal:
 
     def rejects(self) -> Iterator[Reject]:
         """Every reject so far, in order."""
-        return (Reject(event["reject"], event["reason"]) for _, event in self._read_events() if "reject" in event)
+        events = (event for _, event in self._read_events() if "reject" in event)
+        return (Reject(event["reject"], event["reason"], event["file"]) for event in events)
 
     def discard(self) -> None:
         """Delete the folder: its work is published."""

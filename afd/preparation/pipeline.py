@@ -269,7 +269,7 @@ class _Preparation:
                     waiting.append((number, item.split, key))
                     continue
                 problem = f"the same video as {first}"
-            events.append(_Event(number, Reject(item.given.source_id, problem)))
+            events.append(_Event(number, Reject(item.given.source_id, problem, item.file)))
         encoded = self._encoder.encode(batch) if batch else []
         events += [
             _Event(number, made, split, key) for (number, split, key), made in zip(waiting, encoded, strict=True)
