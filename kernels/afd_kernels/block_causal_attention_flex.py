@@ -18,11 +18,18 @@ def _block_mask(layout: BlockCausalLayout, device: torch.device) -> Any:
 
 
 @functools.cache
-def _flex_attention(is_cuda: bool) -> Callable[..., Any]:
+def compiled_flex_attention() -> Callable[..., Any]:
+    """FlexAttention through torch.compile, once per process."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # fullgraph: past the recompilation limit it fails, where it would else form the whole score matrix in silence.
-    return flex_attention if not is_cuda else torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _flex_attention(is_cuda: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return compiled_flex_attention() if is_cuda else flex_attention
 
 
 def block_causal_attention_flex(

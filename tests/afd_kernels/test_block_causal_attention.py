@@ -1,5 +1,6 @@
 """Block-causal attention on the CPU: every path against the float64 reference; choice and errors."""
 
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from afd_kernels import BlockCausalLayout, block_causal_attention
 from afd_kernels.block_causal_attention import DEFAULTS
+from afd_kernels.block_causal_attention_flex import compiled_flex_attention
 from afd_kernels.block_causal_attention_reference import dense_attention_reference
 from afd_kernels.block_causal_attention_varlen import block_causal_attention_varlen
 
@@ -79,6 +81,18 @@ def test_flex_matches_the_reference(layout):
     q, k, v = draw(layout)[0]
     with pytest.raises(ValueError, match="impl='flex' has no backward on CPU"):
         block_causal_attention(q, k, v, layout, impl="flex")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling FlexAttention on a CPU needs g++")
+def test_compiled_flex_matches_the_reference():
+    """The compiled path with its BlockMask, as on CUDA; PyTorch has no CPU backward of it."""
+    layout = LAYOUTS[-1]
+    (q, k, v), _ = draw(layout, torch.float32, head_dim=16)
+    with torch.no_grad():
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        actual = compiled_flex_attention()(q, k, v, block_mask=layout.block_mask("cpu"))
+        torch.testing.assert_close(actual, block_causal_attention(q, k, v, layout, impl="reference"))
 
 
 def test_bf16_key_gradients_are_summed_over_chunks_in_float32():
