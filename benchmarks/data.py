@@ -1,0 +1,220 @@
+"""How fast videos become shards and shards become batches, beside the disk's own speed, and whether memory stays flat.
+
+    python benchmarks/data.py                      # 10,000 synthetic videos; a row in benchmarks/results/data.csv
+    python benchmarks/data.py --videos 500 --workers 2
+
+Makes a folder of small mp4 files with a metadata.jsonl, and sends it down the real path: `afd prepare` with the quick
+start codec, text encoder and clip size, then the training loader: an epoch from a cold cache, then beside a fake step.
+Memory is this process and its decoders together (proportional set size), every 2 % of the way: data_memory.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from measurement import describe_commit
+
+from afd.config_file import load_config
+from afd.data.loader import build_loader
+from afd.data.video import encode_video
+from afd.preparation import prepare_shards
+from afd.teachers.physics import training_prompts
+
+RESULTS = Path(__file__).parent / "results"
+_DISK_BYTES = 256 << 20
+_NUM_PROMPTS = 500
+
+
+def main() -> None:
+    """Run the three measurements and append one row to the table."""
+    # This folder's streaming.py must not hide the library of that name, which the loader imports when it is opened.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--videos", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--step_ms", type=float, default=100.0, help="length of the fake training step")
+    parser.add_argument("--folder", type=Path, help="where to work; default a temporary folder on the disk")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="afd-data-", dir=options.folder) as work:
+        row = _measure(Path(work), options)
+    RESULTS.mkdir(exist_ok=True)
+    _append(RESULTS / "data.csv", [row])
+    for name, value in row.items():
+        print(f"{name:28} {value}")
+
+
+def _measure(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    write_mb_s, read_mb_s = _disk_speed(work)
+    print(f"writing {options.videos} videos ...")
+    _write_videos(work / "videos", options.videos)
+    overrides = ["teacher.kind=folder", f"teacher.folder.path={work / 'videos'}", f"prepare.workers={options.workers}"]
+    (work / "run.yaml").write_text(f"output_dir: {work / 'out'}\nprepare: {{shard_mib: 2, heldout_fraction: 0.01}}\n")
+    config = load_config(work / "run.yaml", overrides)
+    with _memory() as memory:
+        started = time.perf_counter()
+        summaries = prepare_shards(config)
+        prepare_s = time.perf_counter() - started
+    shards = summaries["train"].path
+    loading, loading_memory = _load(shards, options)
+    _append(
+        RESULTS / "data_memory.csv",
+        [
+            {"stage": stage, "videos": options.videos, "seconds": round(at, 2), "mib": round(mib, 1)}
+            for stage, points in (("prepare", memory), ("load", loading_memory))
+            for at, mib in points[:: max(1, len(points) // 50)]
+        ],
+    )
+    return {
+        "commit": describe_commit(),
+        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "load_average": round(os.getloadavg()[0], 1),
+        "videos": options.videos,
+        "workers": options.workers,
+        "prepare_videos_per_s": round(options.videos / prepare_s, 1),
+        "prepare_mib_first_fifth": round(_level(memory, 0.15, 0.25), 1),
+        "prepare_mib_last_fifth": round(_level(memory, 0.8, 1.0), 1),
+        **loading,
+        "load_mib_first_fifth": round(_level(loading_memory, 0.15, 0.25), 1),
+        "load_mib_last_fifth": round(_level(loading_memory, 0.8, 1.0), 1),
+        "disk_write_mb_per_s": round(write_mb_s, 1),
+        "disk_read_mb_per_s": round(read_mb_s, 1),
+    }
+
+
+def _load(shards: Path, options: argparse.Namespace) -> tuple[dict[str, object], list[tuple[float, float]]]:
+    """One epoch from a cold page cache as fast as it goes, then 100 fake steps with reading ahead."""
+    with _memory() as memory:
+        started = time.perf_counter()
+        loader = build_loader(shards, batch_size_per_rank=options.batch, world_size=1, rank=0, seed=0)
+        open_s = time.perf_counter() - started
+        num_bytes = sum(shard.raw.size for shard in loader.record.shards)
+        for path in shards.glob("shard.*"):
+            _forget(path)
+        started = time.perf_counter()
+        num_batches = loader.num_samples // options.batch
+        for _ in range(num_batches):
+            next(loader)
+        epoch_s = time.perf_counter() - started
+        loader.read_ahead(2)
+        next(loader)
+        waits, started = [], time.perf_counter()
+        for _ in range(100):
+            time.sleep(options.step_ms / 1e3)
+            asked = time.perf_counter()
+            next(loader)
+            waits.append(time.perf_counter() - asked)
+        share = sum(waits) / (time.perf_counter() - started)
+        loader.close()
+    return {
+        "load_open_s": round(open_s, 2),
+        "load_samples_per_s": round(num_batches * options.batch / epoch_s, 1),
+        "load_mb_per_s": round(num_bytes / 1e6 / epoch_s, 2),
+        "wait_share_of_step": round(share, 5),
+        "step_ms": options.step_ms,
+    }, memory
+
+
+def _write_videos(folder: Path, count: int) -> None:
+    """`count` different mp4 files of 13 frames, 32 x 32, with captions."""
+    folder.mkdir()
+    prompts, generator = training_prompts(_NUM_PROMPTS), np.random.default_rng(0)
+    with (folder / "metadata.jsonl").open("w") as table:
+        for number in range(count):
+            coarse = generator.random((13, 4, 4, 3), dtype=np.float32)
+            (folder / f"{number:06}.mp4").write_bytes(encode_video(np.kron(coarse, np.ones((1, 8, 8, 1))), fps=8))
+            row = {"file_name": f"{number:06}.mp4", "caption": prompts[number % _NUM_PROMPTS]}
+            table.write(json.dumps(row) + "\n")
+
+
+def _disk_speed(folder: Path) -> tuple[float, float]:
+    """MB/s of writing 256 MiB through fsync, and of reading them back from the disk."""
+    path, block = folder / "speed", os.urandom(1 << 22)
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(_DISK_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    write_s = time.perf_counter() - started
+    _forget(path)
+    started = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 22):
+            pass
+    read_s = time.perf_counter() - started
+    path.unlink()
+    return _DISK_BYTES / 1e6 / write_s, _DISK_BYTES / 1e6 / read_s
+
+
+def _forget(path: Path) -> None:
+    """Ask the kernel to drop a file from its cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _memory() -> Iterator[list[tuple[float, float]]]:
+    """Collect (seconds, MiB) of this process and its children, five times a second."""
+    points: list[tuple[float, float]] = []
+    done, started = threading.Event(), time.perf_counter()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            points.append((time.perf_counter() - started, _resident_mib()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield points
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _resident_mib() -> float:
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    threads = [path.read_text().split() for path in Path(f"/proc/{os.getpid()}/task").glob("*/children")]
+    total = 0
+    for process in {str(os.getpid()), *children, *(child for row in threads for child in row)}:
+        rollup = Path(f"/proc/{process}/smaps_rollup")
+        try:
+            lines = rollup.read_text().splitlines()
+        except OSError:  # a decoder that just ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def _level(points: list[tuple[float, float]], begin: float, end: float) -> float:
+    """Median over a part of the way."""
+    part = points[int(begin * len(points)) : max(int(end * len(points)), int(begin * len(points)) + 1)]
+    return float(np.median([mib for _, mib in part])) if part else float("nan")
+
+
+def _append(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
