@@ -37,6 +37,27 @@ def default_impl(device_type: str) -> str:
     return impl
 
 
+def parse_impl(impl: str) -> tuple[str, str]:
+    """Split `name[:option]` and check both; whether it is installed shows when it is used.
+
+    Returns:
+        (name, option), the option empty where the best installed one is meant.
+    Raises:
+        ValueError: there is no such implementation or option.
+    """
+    from afd_kernels.block_causal_attention_backends import DENSE_BACKENDS, VARLEN_BACKENDS
+    from afd_kernels.block_causal_attention_triton import VARIANTS
+
+    options = {"chunks": DENSE_BACKENDS, "varlen": VARLEN_BACKENDS, "triton": VARIANTS}
+    name, _, option = impl.partition(":")
+    if name not in IMPLS or (option and name not in options):
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if option and option not in options[name]:
+        word = "variant" if name == "triton" else "backend"
+        raise ValueError(f"the {name} {word} must be one of {', '.join(options[name])}, got {option!r}")
+    return name, option
+
+
 def block_causal_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, *, impl: str | None = None, scale: float | None = None
 ) -> Tensor:
@@ -56,7 +77,7 @@ def block_causal_attention(
         ImportError: the implementation is not installed; the text says how to install it.
     """
     _check(q, k, v, layout)
-    name, _, option = (impl or default_impl(q.device.type)).partition(":")
+    name, option = parse_impl(impl or default_impl(q.device.type))
     if name == "chunks":
         from afd_kernels.block_causal_attention_backends import best_dense_backend, dense_backend
 
@@ -72,8 +93,6 @@ def block_causal_attention(
 
         attend = varlen_backend(option or best_varlen_backend())
         return block_causal_attention_varlen(q, k, v, layout, attend=attend, scale=scale)
-    if option or name not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if name == "flex":
         from afd_kernels.block_causal_attention_flex import block_causal_attention_flex
 
@@ -98,4 +117,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout) -> None:
         raise ValueError(f"q must be floating point, got {q.dtype}")
 
 
-__all__ = ["DEFAULTS", "IMPLS", "BlockCausalLayout", "block_causal_attention", "default_impl"]
+__all__ = ["DEFAULTS", "IMPLS", "BlockCausalLayout", "block_causal_attention", "default_impl", "parse_impl"]

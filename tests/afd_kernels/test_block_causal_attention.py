@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from afd_kernels import BlockCausalLayout, block_causal_attention
-from afd_kernels.block_causal_attention import DEFAULTS
+from afd_kernels.block_causal_attention import DEFAULTS, parse_impl
 from afd_kernels.block_causal_attention_flex import compiled_flex_attention
 from afd_kernels.block_causal_attention_reference import dense_attention_reference
 from afd_kernels.block_causal_attention_varlen import block_causal_attention_varlen
@@ -157,6 +157,15 @@ def test_default_is_logged_once_and_matches_the_table(caplog):
     ]
     assert "unmeasured" in DEFAULTS["cuda"][1]
     torch.testing.assert_close(outs[0], block_causal_attention(q, k, v, layout, impl="reference"))
+
+
+def test_every_name_of_an_implementation_is_known_before_it_runs():
+    assert parse_impl("flex") == ("flex", "")
+    assert parse_impl("chunks:flash3") == ("chunks", "flash3")
+    with pytest.raises(ValueError, match="the triton variant must be one of tma, specialized, pointer, got 'fast'"):
+        parse_impl("triton:fast")
+    with pytest.raises(ValueError, match="the varlen backend must be one of flash3, flash2, torch, got 'sdpa'"):
+        parse_impl("varlen:sdpa")
 
 
 def test_wrong_inputs_are_named():
