@@ -236,11 +236,4 @@ def chunk_spans(shape: StudentShape, num_frames: int) -> tuple[tuple[int, int], 
     Raises:
         ValueError: the video does not divide into the student's chunks.
     """
-    spans = layout.chunk_spans(num_frames, shape.chunk_frames, shape.first_chunk_frames)
-    first = shape.first_chunk_frames or shape.chunk_frames
-    start, end = spans[-1]
-    if end - start != (shape.chunk_frames if start else first):
-        raise ValueError(
-            f"num_frames must be {first} + a multiple of the student's chunk {shape.chunk_frames}, got {num_frames}"
-        )
-    return spans
+    return layout.whole_chunk_spans(num_frames, shape.chunk_frames, shape.first_chunk_frames)

@@ -10,8 +10,9 @@ from typing import Any
 from afd.config import RunConfig, StudentShape
 from afd.config_file import ConfigError
 from afd.planning.memory import GIB, Memory
-
-_ATTENTION_HEAD_DIMS = (16, 32, 64, 128)  # what the Triton attention is compiled for
+from afd_kernels.block_causal_attention import parse_impl
+from afd_kernels.block_causal_attention_triton import HEAD_DIMS
+from afd_kernels.layout import whole_chunk_spans
 
 
 def batch_arithmetic(ds_config: dict[str, Any], world_size: int) -> tuple[int, int, int]:
@@ -93,11 +94,10 @@ def _check_chunks(config: RunConfig, shape: StudentShape, latents: tuple[int, in
             f"video.height and video.width must give latents divisible by the student's patch "
             f"{list(shape.patch_size[1:])}, got latents {height} x {width}"
         )
-    first = shape.first_chunk_frames or shape.chunk_frames
-    if frames < first or (frames - first) % shape.chunk_frames:
-        raise ConfigError(
-            f"video.num_frames must be {first} + a multiple of the student's chunk {shape.chunk_frames}, got {frames}"
-        )
+    try:
+        whole_chunk_spans(frames, shape.chunk_frames, shape.first_chunk_frames)
+    except ValueError as error:
+        raise ConfigError(f"video.{error}") from error
     patch = config.discriminator.shape.patch_size
     if any(size % each for size, each in zip(latents[1:], patch, strict=True)):
         raise ConfigError(
@@ -111,11 +111,13 @@ def _check_heads(config: RunConfig, shape: StudentShape, ds_config: dict[str, An
         raise ConfigError(f"sequence_parallel_size must divide the student's {shape.num_heads} heads, got {parallel}")
     if parallel != 1:
         raise ConfigError(f"sequence_parallel_size must be 1 (the student splits videos over no ranks), got {parallel}")
-    impl = config.student.attention_impl or shape.attention_impl or ""
-    if impl.startswith("triton") and shape.head_dim not in _ATTENTION_HEAD_DIMS:
-        raise ConfigError(
-            f"student.attention_impl {impl} takes head_dim {list(_ATTENTION_HEAD_DIMS)}, got {shape.head_dim}"
-        )
+    impl = config.student.attention_impl or shape.attention_impl
+    try:
+        name = parse_impl(impl)[0] if impl else ""
+    except ValueError as error:
+        raise ConfigError(f"student.attention_impl: {error}") from error
+    if name == "triton" and shape.head_dim not in HEAD_DIMS:
+        raise ConfigError(f"student.attention_impl {impl} takes head_dim {list(HEAD_DIMS)}, got {shape.head_dim}")
 
 
 def _check_nodes(ds_config: dict[str, Any], num_gpus: int, gpus_per_node: int) -> None:

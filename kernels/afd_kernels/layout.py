@@ -59,6 +59,22 @@ def chunk_spans(num_frames: int, chunk_frames: int, first_chunk_frames: int | No
     return tuple(zip(starts, [*starts[1:], num_frames], strict=True))
 
 
+def whole_chunk_spans(num_frames: int, chunk_frames: int, first_chunk_frames: int | None = None) -> tuple[Range, ...]:
+    """`chunk_spans` of a video that fills its chunks.
+
+    Raises:
+        ValueError: the last chunk would be shorter than the others.
+    """
+    spans = chunk_spans(num_frames, chunk_frames, first_chunk_frames)
+    first = first_chunk_frames or chunk_frames
+    start, end = spans[-1]
+    if end - start != (chunk_frames if start else first):
+        raise ValueError(
+            f"num_frames must be {first} + a multiple of the student's chunk {chunk_frames}, got {num_frames}"
+        )
+    return spans
+
+
 @dataclass(frozen=True)
 class BlockCausalLayout:
     """Block-causal attention over video frames; hashable, so it can key caches.

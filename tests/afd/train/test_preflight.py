@@ -106,6 +106,11 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
         (["student.num_layers=3"], {}, "student.num_layers must be "),
         (["video.num_frames=13"], {}, "video.num_frames must be 3 + a multiple of the student's chunk 3, got 13"),
         (["video.num_frames=2"], {}, "video.num_frames must be 3 + a multiple of the student's chunk 3, got 2"),
+        (
+            ["student.attention_impl=chunks:fast"],
+            {},
+            "student.attention_impl: the chunks backend must be one of flash3, flash2, sdpa, cudnn, hub, got 'fast'",
+        ),
         (["video.height=18"], {}, "video.height and video.width must be divisible by 4 for codec dct, got 18 x 16"),
         (
             ["video.height=20"],
