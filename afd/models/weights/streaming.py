@@ -56,6 +56,7 @@ def write_tensors(
         for tensor in tensors.values():
             value = tensor.read().detach().to("cpu", _written_dtype(tensor, dtype)).contiguous()
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            del value
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
