@@ -98,7 +98,7 @@ class LiveSection(Section):
     """Asking the teacher during training for prompts that are not in the shards."""
 
     enabled: bool = False
-    """Start a background thread on rank 0 that fetches, decodes, encodes and writes small shards."""
+    """Start a process beside rank 0 that fetches, decodes, encodes and writes small shards."""
     cache: Path | None = None
     """Folder of these shards, seen by every rank; default `<output_dir>/data/live`."""
     samples_per_part: Positive = 16
@@ -106,10 +106,10 @@ class LiveSection(Section):
     check_every: Positive = 10
     """Steps between looks for new parts; all ranks take up the same ones."""
     max_wait_s: Seconds = 0.0
-    """Longest time one step may wait for the first part while there is none; 0 never waits."""
+    """Longest time a step may wait for the first part, s, while there is none; 0 never waits."""
     share: Fraction | None = None
     """Part of the samples that come from the live shards; default in proportion to their number."""
     max_videos: Positive | None = None
-    """Videos to fetch in one run; None takes all the source has."""
+    """Videos to ask for at most, those in the cache included; None takes all the source has."""
     device: str = "cpu"
-    """Where the background thread encodes; a GPU is shared with the step."""
+    """Where that process encodes; a GPU is shared with the step."""

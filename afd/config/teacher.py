@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from afd.config.section import Fraction, NonNegative, Positive, Section
 from afd.config.sources import FolderSection, HttpSection, LiveSection, PipelineSection
@@ -71,6 +71,12 @@ class TeacherSection(Section):
     licence: str = ""
     """Licence tag of every video without its own."""
     live: LiveSection = LiveSection()
+
+    @model_validator(mode="after")
+    def _live_needs_a_teacher(self) -> Self:
+        if self.live.enabled and self.kind == "shards":
+            raise ValueError("live.enabled needs a teacher to ask: kind must not be shards")
+        return self
     num_prompts: Positive = 200
     """Training prompts, one teacher video each."""
     num_heldout_prompts: Positive = 64

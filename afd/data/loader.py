@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,16 +189,32 @@ class ShardLoader(Iterator[VideoBatch]):
     def _read(self, position: int) -> VideoBatch:
         """Read this rank's part of the global batch that starts at `position` samples from the beginning."""
         begin = position + self._rank * self._batch_size
-        places = (divmod(place, self.num_samples) for place in range(begin, begin + self._batch_size))
-        sample_ids = [int(self._epoch_order(epoch)[offset]) for epoch, offset in places]
+        samples = self.samples_at(range(begin, begin + self._batch_size))
+        return to_batch([sample for _, sample in samples], [sample_id for sample_id, _ in samples])
+
+    def samples_at(self, places: Iterable[int]) -> list[tuple[int, Sample]]:
+        """(id, sample) at places counted from the first epoch's start; the loader's own position stays."""
+        epochs = (divmod(place, self.num_samples) for place in places)
+        sample_ids = [int(self._epoch_order(epoch)[offset]) for epoch, offset in epochs]
         rows = [tuple(map(int, self._dataset.spanner[sample_id])) for sample_id in sample_ids]
         self._store.ensure_all(sorted({shard for shard, _ in rows}))
-        samples = [self._read_sample(sample_id, *row) for sample_id, row in zip(sample_ids, rows, strict=True)]
-        return to_batch(samples, sample_ids)
+        return [
+            (sample_id, self._read_sample(sample_id, *row)) for sample_id, row in zip(sample_ids, rows, strict=True)
+        ]
+
+    @property
+    def num_seen(self) -> int:
+        """Samples delivered to all ranks since the first epoch's start."""
+        return self._num_seen
+
+    def skip(self, num_samples: int) -> None:
+        """Move on as if num_samples had been delivered (to all ranks together)."""
+        self.close()
+        self._num_seen += num_samples
 
     def _read_sample(self, sample_id: int, shard: int, row: int) -> Sample:
         path = self._store.ensure(shard)  # one stat unless the file changed since it was verified
-        return _checked(self._dataset.shards[shard][row], self.record, f"{path}: sample {sample_id}")
+        return checked(self._dataset.shards[shard][row], self.record, f"{path}: sample {sample_id}")
 
 
 def iterate(shards: Path, cache: Path | None = None, *, remote: str | None = None) -> Iterator[Sample]:
@@ -218,7 +234,7 @@ def iterate(shards: Path, cache: Path | None = None, *, remote: str | None = Non
         path = store.ensure(number)
         reader = MDSReader.from_json(str(store.record.path), "", entry)
         for row in range(store.record.shards[number].num_samples):
-            yield _checked(reader[row], store.record, f"{path}: row {row}")
+            yield checked(reader[row], store.record, f"{path}: row {row}")
 
 
 def read_all(shards: Path, cache: Path | None = None, *, remote: str | None = None) -> list[Sample]:
@@ -243,7 +259,8 @@ def to_batch(samples: Sequence[Sample], sample_ids: Sequence[int] | None = None)
     )
 
 
-def _checked(row: Mapping[str, Any], record: DatasetRecord, label: str) -> Sample:
+def checked(row: Mapping[str, Any], record: DatasetRecord, label: str) -> Sample:
+    """Rebuild a row's sample and compare its shapes with its folder's; errors begin with the label."""
     try:
         sample = from_row(row)
     except ValueError as error:

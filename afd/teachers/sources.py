@@ -110,5 +110,5 @@ class GeneratedSource:
                 continue
             finished = self._generator.generate(request.prompt, request.seed)
             yield SourceVideo(
-                request.prompt, request.seed, finished.source_id, self.teacher, self.version, data=finished.mp4
+                request.prompt, request.seed, request.source_id, self.teacher, self.version, data=finished.mp4
             )

@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from afd.config import LRSchedule, RunConfig
 from afd.config_file import dump_config
-from afd.data.loader import build_loader, read_all, to_batch
+from afd.data.live_loader import LiveLoader
+from afd.data.loader import read_all, to_batch
 from afd.distributed import World, all_reduce_max
 from afd.evaluation.heldout import HeldoutEvaluator, Summary
 from afd.evaluation.report import build_report
 from afd.evaluation.samples import write_samples
+from afd.live import build_train_loader
 from afd.models.encoders import load_codec
 from afd.preparation import shard_places
 from afd.stopping import StopRequest, Watchdog
@@ -63,18 +65,8 @@ class Trainer:
         self._warmup: list[dict[str, float]] = []  # the discriminator's steps before the student's first
         self._saved = (0, 0)  # (warm-up steps, steps) on disk
         self.evaluation: dict[str, Summary] = {}
-        (train_shards, train_remote), (heldout_shards, heldout_remote) = shard_places(config)
-        self.loader = build_loader(
-            train_shards,
-            batch_size_per_rank=plan.prompts_per_rank,
-            world_size=world.size,
-            rank=world.rank,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            shuffle_block=config.data.shuffle_block,
-            remote=train_remote,
-            verify=config.data.verify,
-        ).read_ahead(config.data.read_ahead)
+        self.loader = build_train_loader(config, batch_size_per_rank=plan.prompts_per_rank, world=world)
+        heldout_shards, heldout_remote = shard_places(config)[1]
         self.evaluator = HeldoutEvaluator(
             to_batch(read_all(heldout_shards, remote=heldout_remote)).to(world.device),
             load_codec(config.encoders, device=world.device),
@@ -170,7 +162,8 @@ class Trainer:
         one_step = _STEPS[self.config.objective]
         metrics = one_step(self.roles, batch, self.config, seeded_step, world=self.world, timer=timer)
         floats = _to_floats(metrics)  # the step's only device synchronisation for logging
-        return {**floats, **timer.seconds, "time/step_s": time.perf_counter() - start}
+        live = self.loader.metrics() if isinstance(self.loader, LiveLoader) else {}
+        return {**floats, **live, **timer.seconds, "time/step_s": time.perf_counter() - start}
 
     def _next_batch(self) -> VideoBatch:
         return next(self.loader).to(self.world.device)

@@ -30,8 +30,13 @@ def wan(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wan")
     torch.manual_seed(0)
     encoder = UMT5EncoderModel.from_pretrained(TEXT)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1, "freq_dim": 32}
-    transformer = WanTransformer3DModel(text_dim=encoder.config.d_model, rope_max_seq_len=32, **sizes)
+    sizes: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 1,
+        "rope_max_seq_len": 32,
+    }
+    transformer = WanTransformer3DModel(text_dim=encoder.config.d_model, ffn_dim=32, freq_dim=32, **sizes)
     vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     pipeline = WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(TEXT),
