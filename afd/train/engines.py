@@ -201,6 +201,8 @@ def release_gathered(engine: Engine) -> None:
     if any(getattr(parameter, DEPTH, 0) for parameter in engine.module.parameters()):
         raise ValueError("the parameters are gathered: enter `applied()` first and `gathered(engine)` inside it")
     engine.optimizer.empty_partition_cache()
+    # hpZ's copies hold what was gathered: DeepSpeed renews them after its own steps, not after a swap of shards.
+    engine.optimizer.invalidate_secondary_tensor()
 
 
 def local_shard(parameter: Any) -> Tensor:
