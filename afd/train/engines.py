@@ -104,12 +104,11 @@ def build_sharded(make: Callable[[], ModuleT], ds_config: DSConfig) -> ModuleT:
         make: builds the module.
         ds_config: of the engine that the module is for, stage 3.
     Raises:
-        ValueError: the configuration keeps second copies of the shards.
+        ValueError: the configuration keeps quantised copies of the shards.
     """
     zero = ds_config["zero_optimization"]
-    for key in ("zero_hpz_partition_size", "zero_quantized_weights"):
-        if zero.get(key, 0) not in (0, 1, False):
-            raise ValueError(f"zero_optimization.{key} must be left out: shards are written once, got {zero[key]}")
+    if zero.get("zero_quantized_weights"):
+        raise ValueError("zero_optimization.zero_quantized_weights must be left out: shards are written once, got true")
     offload = zero.get("offload_param", {})
     deepspeed = _import_deepspeed()
     init = deepspeed.zero.Init(
@@ -126,6 +125,7 @@ def write_shard(parameter: Any, tensor: Tensor) -> None:
     own = shard_slice(parameter)
     shard = parameter.ds_tensor.data
     shard[: own.stop - own.start].copy_(tensor.reshape(-1)[own])
+    parameter.ds_secondary_tensor = None  # hpZ's copy of what was there before
 
 
 def _import_deepspeed() -> Any:
