@@ -153,7 +153,7 @@ def _discriminator(work: Workload) -> dict[str, int]:
         kernels=work.kernels,
     )  # fmt: skip
     pairs = work.rollouts_per_gpu * _clip_elements(work) * 4
-    gradients = count * engine.grad_width + min(2 * engine.reduce_bucket, count) * engine.width
+    gradients = count * engine.grad_width + engine.reduce_bucket * engine.width * (1 + engine.overlaps)
     return {
         "activations": saved,
         "gradients": gradients,
@@ -165,7 +165,7 @@ def _update(work: Workload) -> dict[str, int]:
     one, engine, count = work.update_pass, work.student, work.parameters
     full = engine.stage < 3
     gradients = count.trained * engine.grad_width if full else (count.adapter or count.block) * engine.width
-    bucket = min(engine.reduce_bucket, count.trained) * engine.width if full else 0
+    bucket = engine.reduce_bucket * engine.width * (1 + engine.overlaps) if full else 0
     states = 4 + work.has_old_pass + work.has_prior_pass
     return {
         "gathered block": _gathered_blocks(work),

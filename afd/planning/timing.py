@@ -96,7 +96,7 @@ def predict_step(
     assumed: Efficiency = ASSUMED,
 ) -> Step:
     """Seconds of every phase of a step."""
-    clock = _Clock(work, gpu, network, gpus_per_node, assumed)
+    clock = Clock(work, gpu, network, gpus_per_node, assumed)
     transfers = plan_transfers(work)
     return Step(
         {
@@ -120,7 +120,8 @@ class Load:
 
 
 def _rollout_work(work: Workload) -> tuple[list[Load], float]:
-    micro, count = work.student.micro, work.student.accumulation
+    micro = min(work.rollout_batch, work.rollouts_per_gpu)
+    count = work.rollouts_per_gpu / micro
     first, others = work.num_times
     passes = rollout_passes(
         work.shape, work.latents, batch=micro, num_times=others, first_chunk_times=first, lora=work.lora
@@ -160,7 +161,9 @@ def _update_work(work: Workload) -> tuple[list[Load], float]:
 
 
 @dataclass(frozen=True)
-class _Clock:
+class Clock:
+    """Seconds of a workload's parts on a machine."""
+
     work: Workload
     gpu: Gpu
     network: Interconnect

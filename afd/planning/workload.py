@@ -26,6 +26,7 @@ class EngineSettings:
         micro, accumulation: clips in a micro batch, micro batches in a step.
         offloads_optimizer, offloads_weights: to the host.
         reduce_bucket, prefetch, sub_group: elements.
+        overlaps: reduces gradients beside the backward; stage 2 then has two buckets.
         hpz: ranks that share a second copy of the weights (ZeRO++); 1 is off.
     """
 
@@ -41,6 +42,7 @@ class EngineSettings:
     prefetch: int = _DEFAULT_PREFETCH
     sub_group: int = _DEFAULT_SUB_GROUP
     hpz: int = 1
+    overlaps: bool = False
 
 
 def engine_settings(ds_config: dict[str, Any], batch: tuple[int, int, int]) -> EngineSettings:
@@ -62,6 +64,7 @@ def engine_settings(ds_config: dict[str, Any], batch: tuple[int, int, int]) -> E
         prefetch=int(zero.get("stage3_prefetch_bucket_size", _DEFAULT_PREFETCH)),
         sub_group=int(zero.get("sub_group_size", _DEFAULT_SUB_GROUP)),
         hpz=int(zero.get("zero_hpz_partition_size", 1)),
+        overlaps=bool(zero.get("overlap_comm", zero.get("stage") == 3)),
     )
 
 
