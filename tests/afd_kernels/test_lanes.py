@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CHECKS = sorted(Path(__file__).with_name("lane_checks").glob("check_*.py"))
 ROOT = Path(__file__).parents[2]
@@ -37,5 +38,6 @@ def test_every_shape_matches_the_oracle_in_the_interpreter():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kernels_match_the_oracle_on_the_gpu():
     run_lane(is_interpreted=False, marker="gpu or not gpu", timeout_s=1800)

@@ -53,6 +53,22 @@ def test_shipped_tiles_read_a_cache_in_place_with_descriptors():
     assert torch.equal(cached_attention(q, k, v, impl="triton", key_ranges=ranges), actual)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+def test_a_step_never_waits_for_the_device(impl):
+    q, k, v = draw(60, 300, 128, torch.bfloat16)
+    ranges = ((0, 60), (180, 300))
+    with torch.no_grad():
+        first = cached_attention(q, k, v, impl=impl, key_ranges=ranges)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = cached_attention(q, k, v, impl=impl, key_ranges=ranges)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
+
+
 def test_gradients_and_a_third_range_are_errors():
     q, k, v = draw(4, 64, 16, torch.float32)
     with pytest.raises(ValueError, match="takes one or two key ranges, got 3"):
