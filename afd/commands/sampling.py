@@ -52,9 +52,13 @@ def add_to(commands: Any) -> None:
     stream.add_argument("--host", default="127.0.0.1", help="address to serve on")
     stream.add_argument("--ahead", type=float, default=1.0, help="seconds generated ahead of playback with --serve")
     stream.add_argument(
-        "--window", type=int, help="latent frames a query sees; default the student's, or its training's"
+        "--window",
+        type=int,
+        help="latent frames a query sees; default the student's, else its training's less the sink",
     )
-    stream.add_argument("--sink", type=int, help="first latent frames that stay visible; default the student's")
+    stream.add_argument(
+        "--sink", type=int, help="first latent frames that stay visible; default the student's, else its first chunk"
+    )
     sample.set_defaults(run=_sample)
 
 

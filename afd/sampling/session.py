@@ -52,17 +52,24 @@ class StreamRequest:
 
 
 def streaming_shape(shape: StudentShape, *, trained_frames: int, window: int | None, sink: int | None) -> StudentShape:
-    """The shape to stream with: asked-for window and sink, else the student's own, else the length it was trained on.
+    """The shape to stream with: the asked-for window and sink, else the student's own.
+
+    A student that has no window has never attended further back than a training clip: it gets that length, its first
+    chunk as the sink. Without a sink the shipped student loses its balls after some hundred frames.
 
     Args:
         shape: the student's.
-        trained_frames: latent frames of a training clip: attention has never reached further back.
+        trained_frames: latent frames of a training clip.
         window, sink: frames, None where not asked for.
     Raises:
         ValueError: the window does not hold a chunk.
     """
+    first = shape.first_chunk_frames or shape.chunk_frames
+    if window is None and shape.window_frames is None:
+        sink = min(first, max(0, trained_frames - max(first, shape.chunk_frames))) if sink is None else sink
+        window = max(trained_frames - sink, first, shape.chunk_frames)
     changes: dict[str, Any] = {
-        "window_frames": window or shape.window_frames or trained_frames,
+        "window_frames": shape.window_frames if window is None else window,
         "sink_frames": shape.sink_frames if sink is None else sink,
     }
     return StudentShape(**shape.model_dump() | changes)
@@ -147,9 +154,8 @@ def run_stream(
 def _player(config: RunConfig, request: StreamRequest, shape: StudentShape, prompt: LivePrompt) -> Player:
     assert request.port is not None
     video = config.video
-    title = (
-        f"{shape.num_layers} blocks of {shape.dim}, {video.width} x {video.height}, window {shape.window_frames} frames"
-    )
+    model = f"{shape.num_layers} blocks of {shape.dim}, {video.width} x {video.height}"
+    title = f"{model}, sees {shape.sink_frames} + {shape.window_frames} frames"
     return Player(prompt, title=title, fps=video.fps, port=request.port, host=request.host, ahead_s=request.ahead_s)
 
 

@@ -30,7 +30,17 @@ def read(path: Path) -> np.ndarray:
 
 def test_window_and_sink_default_to_the_students_then_to_its_training() -> None:
     shape = StudentShape(chunk_frames=3)
-    assert streaming_shape(shape, trained_frames=12, window=None, sink=None).window_frames == 12
+    for trained, sink, expected in [
+        (12, None, (9, 3)),
+        (12, 0, (12, 0)),
+        (12, 1, (11, 1)),
+        (4, None, (3, 1)),
+        (3, None, (3, 0)),
+    ]:
+        streaming = streaming_shape(shape, trained_frames=trained, window=None, sink=sink)
+        assert (streaming.window_frames, streaming.sink_frames) == expected
+    streaming = streaming_shape(shape, trained_frames=12, window=6, sink=None)
+    assert (streaming.window_frames, streaming.sink_frames) == (6, 0)
     own = StudentShape(chunk_frames=3, window_frames=6, sink_frames=1)
     streaming = streaming_shape(own, trained_frames=12, window=None, sink=None)
     assert (streaming.window_frames, streaming.sink_frames) == (6, 1)
