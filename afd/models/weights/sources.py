@@ -23,6 +23,7 @@ from afd.models.weights.names import bare_name, diffusers_name, is_ignored
 Which = Literal["average", "raw"]
 STUDENT_FILE = "student.safetensors"
 COMMIT_CONFIG = "config.yaml"
+LATEST = "latest"
 STUDENT_FACTS = "afd_student.json"
 # How safetensors names dtypes that weights come in.
 DTYPES = {
@@ -76,7 +77,8 @@ def open_source(path: Path, *, which: Which = "average") -> WeightSource:
     """Open student weights of any format; reads headers only.
 
     Args:
-        path: a folder (one of our commits, a diffusers model or pipeline, a peft adapter) or a file.
+        path: a folder (one of our commits, a run's folder for its newest commit, a diffusers model or pipeline, a peft
+            adapter) or a file.
         which: of a file that holds both, the averaged weights (`generator_ema`, a commit's EMA) or the raw ones.
     Raises:
         ValueError: there is nothing that could be a student's weights.
@@ -97,6 +99,9 @@ def open_source(path: Path, *, which: Which = "average") -> WeightSource:
 
 
 def _open_folder(folder: Path, which: Which) -> WeightSource:
+    for commits in (folder, folder / "checkpoints"):
+        if (commits / LATEST).is_file():
+            return _open_folder(commits / (commits / LATEST).read_text().strip(), which)
     if (folder / STUDENT_FILE).is_file():
         return _open_commit(folder, which) if (folder / COMMIT_CONFIG).is_file() else open_source(folder / STUDENT_FILE)
     if (folder / "adapter_config.json").is_file():
@@ -108,7 +113,7 @@ def _open_folder(folder: Path, which: Which) -> WeightSource:
     found = sorted(each.name for each in folder.iterdir())[:8]
     raise ValueError(
         f"student weights {folder} must be a folder with config.json (a diffusers or Wan model), with transformer/ "
-        f"(a pipeline), with adapter_config.json (peft), or one of our commits, got a folder with {found}"
+        f"(a pipeline), with adapter_config.json (peft), or one of our commits or runs, got a folder with {found}"
     )
 
 

@@ -154,7 +154,9 @@ def write_commit(folder: Path, student: CausalStudent, average: Mapping[str, Ten
 
 def test_commits_load_averaged_or_raw(make_student: MakeStudent, tmp_path: Path) -> None:
     student, averaged = make_student(chunk_frames=2), make_student(seed=1)
-    commit = write_commit(tmp_path / "step", student, dict(averaged.named_parameters()), RunConfig())
+    commit = write_commit(tmp_path / "checkpoints" / "step_1", student, dict(averaged.named_parameters()), RunConfig())
+    (tmp_path / "checkpoints" / "latest").write_text("step_1\n")
+    assert load_student(tmp_path).shape == load_student(tmp_path / "checkpoints").shape == student.shape
     for which, expected in (("average", averaged), ("raw", student)):
         loaded = load_student(commit, config={"init_weights": which})
         assert loaded.shape == student.shape
