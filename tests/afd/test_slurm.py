@@ -24,6 +24,8 @@ if name == "scontrol" and "hostnames" in sys.argv:
     print("node1")
 if name == "scontrol" and "node" in sys.argv:
     print("NodeName=node1 NodeAddr=10.0.0.1 State=IDLE")
+if name == "scontrol" and "job" in sys.argv:
+    print("JobId=41 PreemptTime=" + os.environ.get("PREEMPTED", "None"))
 sys.exit(int(os.environ.get("EXIT_CODE", "0")) if name == "srun" and not "check" in sys.argv else 0)
 """
 PIECES = (
@@ -213,6 +215,14 @@ def test_only_a_run_that_was_asked_to_stop_goes_back_into_the_queue(
     assert done.returncode == code
     assert (["requeue", "41"] in recorded.calls("scontrol")) == requeued
     assert ("after 5 requeues: not again" in done.stderr) == (restarts == 5)
+
+
+def test_sigterm_means_a_requeue_only_where_slurm_preempted_the_job(recorded: Recorded) -> None:
+    script = render(job(kind="evaluate"))
+    assert recorded.run(script, EXIT_CODE="143").returncode == 143, "srun ended it because another rank failed"
+    assert ["requeue", "41"] not in recorded.calls("scontrol")
+    assert recorded.run(script, EXIT_CODE="143", PREEMPTED="2026-01-01T00:00:00").returncode == 75
+    assert ["requeue", "41"] in recorded.calls("scontrol")
 
 
 def test_marker_stands_for_the_exit_code_that_torchrun_hides(recorded: Recorded) -> None:

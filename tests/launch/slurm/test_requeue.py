@@ -117,3 +117,12 @@ def test_each_ending_has_its_own_consequence(cluster: Any, tmp_path: Path) -> No
     assert limited.starts() == [("-", 0), ("-", 1)]
     assert cancelled.states() == {"CANCELLED"}, "what a user cancels stays cancelled"
     assert cancelled.starts() == [("-", 0)]
+
+    evaluated = Job(cluster, tmp_path, "evaluate", kind="evaluate", nodes=2, partition="scavenge")
+    evaluated.wait_for(lambda: evaluated.starts() == [("-", 0), ("-", 0)])
+    subprocess.run(
+        ["sbatch", "-p", "urgent", "-N2", "--ntasks-per-node=2", "-o", "/dev/null", "--wrap", "true"],
+        env=cluster.environment, check=True, capture_output=True,
+    )  # fmt: skip
+    evaluated.wait_for(lambda: evaluated.states() == {"PENDING"})
+    cluster.run("scancel", evaluated.number)
