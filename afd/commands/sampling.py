@@ -57,7 +57,7 @@ def add_to(commands: Any) -> None:
         help="latent frames a query sees; default the student's, else its training's less the sink",
     )
     stream.add_argument(
-        "--sink", type=int, help="first latent frames that stay visible; default the student's, else its first chunk"
+        "--sink", type=int, help="first latent frames that stay visible; default the student's, else none"
     )
     sample.set_defaults(run=_sample)
 

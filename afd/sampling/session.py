@@ -54,8 +54,8 @@ class StreamRequest:
 def streaming_shape(shape: StudentShape, *, trained_frames: int, window: int | None, sink: int | None) -> StudentShape:
     """The shape to stream with: the asked-for window and sink, else the student's own.
 
-    A student that has no window has never attended further back than a training clip: it gets that length, its first
-    chunk as the sink. Without a sink the shipped student loses its balls after some hundred frames.
+    A student that has no window has never attended further back than a training clip: it gets that length, less the
+    sink if one is asked for.
 
     Args:
         shape: the student's.
@@ -64,10 +64,8 @@ def streaming_shape(shape: StudentShape, *, trained_frames: int, window: int | N
     Raises:
         ValueError: the window does not hold a chunk.
     """
-    first = shape.first_chunk_frames or shape.chunk_frames
     if window is None and shape.window_frames is None:
-        sink = min(first, max(0, trained_frames - max(first, shape.chunk_frames))) if sink is None else sink
-        window = max(trained_frames - sink, first, shape.chunk_frames)
+        window = max(trained_frames - (sink or 0), shape.first_chunk_frames or 0, shape.chunk_frames)
     changes: dict[str, Any] = {
         "window_frames": shape.window_frames if window is None else window,
         "sink_frames": shape.sink_frames if sink is None else sink,
