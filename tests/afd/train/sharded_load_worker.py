@@ -32,6 +32,7 @@ world = init_world(120)
 ds_config = load_ds_config(Path(__file__).parents[3] / "configs" / "zero3.json")
 if options.dtype == "bfloat16":
     ds_config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+config = load_config(Path(__file__).parents[3] / "configs" / "quickstart.yaml", options.overrides)
 live: list[int] = []
 
 
@@ -62,9 +63,9 @@ def watch_construction() -> Callable[[], None]:
     return lambda: setattr(nn.Linear, "__init__", original)
 
 
+file = open_student(options.weights, config.student.model_dump())
 gc.collect()
-gc.freeze()  # what exists by now is not counted
-file = open_student(options.weights)
+gc.freeze()  # what exists by now is not counted, such as a .pt's mapped tensors: pages of a file
 restore = watch_construction()
 student = build_sharded(lambda: CausalStudent(file.shape), ds_config)
 restore()
@@ -79,7 +80,8 @@ live.clear()
 def watched(tensor: LazyTensor) -> LazyTensor:
     def read() -> Tensor:
         value = tensor.read()
-        reads.append(weakref.ref(value))
+        if tensor.read() is not value:  # a .pt's mapped tensors always exist
+            reads.append(weakref.ref(value))
         alive_at_once.append(sum(each() is not None for each in reads))
         live.append(live_bytes())
         return value
@@ -90,7 +92,6 @@ def watched(tensor: LazyTensor) -> LazyTensor:
 source = WeightSource("watched", {name: watched(tensor) for name, tensor in file.source.tensors.items()})
 fill_student(student, source, write_shard)
 whole = [name for name, parameter in student.named_parameters() if parameter.data.numel()]
-config = load_config(Path(__file__).parents[3] / "configs" / "quickstart.yaml", options.overrides)
 engine = build_engine(prepare_student(student, config), ds_config, leaf_modules=(CausalBlock,))
 weights = consolidated_weights(engine)
 
@@ -113,7 +114,7 @@ facts = {
     "peak_built": peak_built,
     "peak_filled": max(live),
     "alive_at_once": max(alive_at_once),
-    "reads": len(reads),
+    "reads": len(alive_at_once),
     "whole": whole,
     "velocity": v.float().tolist(),
     "same": torch.equal(v, again),
