@@ -77,6 +77,7 @@ class TeacherSection(Section):
         if self.live.enabled and self.kind == "shards":
             raise ValueError("live.enabled needs a teacher to ask: kind must not be shards")
         return self
+
     num_prompts: Positive = 200
     """Training prompts, one teacher video each."""
     num_heldout_prompts: Positive = 64

@@ -62,9 +62,13 @@ def test_bf16_weights_train_through_float32_masters(measured: dict[str, Any], ca
         assert row["student/flow_error"] == pytest.approx(other["student/flow_error"], rel=0.05)
 
 
-def test_offload_to_the_host_changes_no_number(measured: dict[str, Any]) -> None:
-    assert measured["LoRA, offloaded"]["rows"] == measured["LoRA, one_gather"]["rows"]
-    assert measured["LoRA, offloaded"]["weights"] == measured["LoRA, one_gather"]["weights"]
+def test_offload_to_the_host_changes_rounding_only(measured: dict[str, Any]) -> None:
+    """The gradient's norm is summed in another order there, and clipping scales by it."""
+    offloaded, held = measured["LoRA, offloaded"], measured["LoRA, one_gather"]
+    for mine, other in zip(offloaded["rows"], held["rows"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+    for name, values in held["weights"].items():
+        assert offloaded["weights"][name] == pytest.approx(values, abs=1e-6), name
 
 
 def test_a_compiled_rollout_of_another_batch_size_trains_the_same(measured: dict[str, Any]) -> None:

@@ -52,6 +52,8 @@ def configuration(*overrides: str) -> RunConfig:
         f"rollout.group_size={GROUP}",
         f"video.num_frames={SHAPE[1]}",
         f"output_dir={options.result.parent / 'run'}",
+        "discriminator.label_smoothing=0",
+        "discriminator.r1_weight=0",
     )
     return load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *overrides])
 
