@@ -250,7 +250,8 @@ def _append_reject(path: Path, reject: Reject | SourceReject) -> None:
 
 def _end_with_parent() -> None:
     """End this process and its workers when the training's end of the pipe closes."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not sys.stdin, whose lock a daemon thread must not hold when the interpreter ends
+        pass
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

@@ -205,7 +205,7 @@ class LiveLoader(Iterator[VideoBatch]):
         """Agree on the parts to use from this batch on; collective."""
         begin, batch = time.monotonic(), self._position.num_batches
         logged = self._logged.get(batch)
-        if self._rank == 0 and logged is None and self._position.num_parts == 0:
+        if logged is None and self._position.num_parts == 0:
             while self._opener.num_open == 0 and time.monotonic() - begin < self._rules.max_wait_s:
                 time.sleep(min(0.02, self._rules.max_wait_s))
         offers = gather_objects((logged, self._opener.num_open))

@@ -88,6 +88,15 @@ def test_prompts_that_preparation_would_hold_out_are_never_asked(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_process_ends_well_when_the_source_does(tmp_path):
+    config = _config(tmp_path, "teacher.live.max_videos=1")
+    prepare_shards(config)
+    with LiveTeacher(config, is_main=True) as teacher:
+        assert teacher._process is not None
+        assert teacher._process.wait(120) == 0, (tmp_path / "out" / "live.log").read_text()
+
+
+@pytest.mark.slow
 def test_the_process_ends_with_the_training_even_when_that_is_killed(tmp_path):
     parts = ["teacher.live.samples_per_part=2", "teacher.live.max_videos=6"]
     config = _config(tmp_path, *parts)
