@@ -67,8 +67,15 @@ def _discriminator(work: Workload) -> list[Transfer]:
         ]
     transfers = [Transfer("all_reduce", steps * engine.accumulation * size)]
     if engine.stage:
-        transfers.append(Transfer("all_gather", steps * size, is_overlapped=False))
+        transfers.append(
+            Transfer("all_gather", steps * _aligned(count, work.num_gpus) * engine.width, is_overlapped=False)
+        )
     return transfers
+
+
+def _aligned(count: int, ranks: int) -> int:
+    """Elements of a flat buffer under stages 1 and 2: a multiple of two per rank."""
+    return -(-count // (2 * ranks)) * 2 * ranks
 
 
 def _update(work: Workload) -> list[Transfer]:
@@ -77,7 +84,8 @@ def _update(work: Workload) -> list[Transfer]:
     if engine.stage < 3:
         transfers = [Transfer("all_reduce", updates * engine.accumulation * gradients)]
         if engine.stage:
-            transfers.append(Transfer("all_gather", updates * gradients, is_overlapped=False))
+            whole = _aligned(work.parameters.trained, work.num_gpus) * engine.width
+            transfers.append(Transfer("all_gather", updates * whole, is_overlapped=False))
         return transfers
     once, passes = lagging_gathers(work)
     micro = engine.accumulation * (passes + _training_gathers(work))

@@ -153,7 +153,9 @@ def _discriminator(work: Workload) -> dict[str, int]:
         kernels=work.kernels,
     )  # fmt: skip
     pairs = work.rollouts_per_gpu * _clip_elements(work) * 4
-    gradients = count * engine.grad_width + engine.reduce_bucket * engine.width * (1 + engine.overlaps)
+    bucket = min(engine.reduce_bucket * (1 + engine.overlaps), count) * engine.width
+    shards = work.num_gpus if engine.stage else 1
+    gradients = count * engine.grad_width + bucket + count * 4 // shards  # the last: this rank's part, in float32
     return {
         "activations": saved,
         "gradients": gradients,
@@ -165,16 +167,26 @@ def _update(work: Workload) -> dict[str, int]:
     one, engine, count = work.update_pass, work.student, work.parameters
     full = engine.stage < 3
     gradients = count.trained * engine.grad_width if full else (count.adapter or count.block) * engine.width
-    bucket = engine.reduce_bucket * engine.width * (1 + engine.overlaps) if full else 0
+    bucket = min(engine.reduce_bucket * (1 + engine.overlaps), count.trained) * engine.width if full else 0
     states = 4 + work.has_old_pass + work.has_prior_pass
     return {
         "gathered block": _gathered_blocks(work),
         "gradients": gradients + bucket,
         "activations": saved_bytes(one, is_checkpointed=work.is_checkpointed),
         "backward workspace": backward_workspace_bytes(one),
-        "lagging passes beside v": work.lagging_beside * one.tokens * work.shape.dim * engine.width,
+        "lagging passes beside v": _lagging(work),
         "rollouts, states, velocities": work.rollouts_per_gpu * _clip_elements(work) * 4 * (states + 2),
     }
+
+
+def _lagging(work: Workload) -> int:
+    """Tokens of the roles beside v, and one block's forward without gradient."""
+    if not work.lagging_beside:
+        return 0
+    one, shape = work.update_pass, work.shape
+    float32 = 2 if one.width == 2 and one.kernels == "fused" else 1
+    working = one.tokens * (6 * shape.dim * float32 + 2 * shape.ffn_dim)
+    return (work.lagging_beside * one.tokens * shape.dim + working) * one.width
 
 
 def _optimizer(work: Workload) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd.config import StudentShape
 from afd.config_file import load_config
@@ -24,6 +24,8 @@ from afd.train.preflight import plan_run
 from afd.types import VideoBatch
 
 ROOT = Path(__file__).parents[3]
+Collectives: Any = runpy.run_path(str(ROOT / "benchmarks" / "collectives.py"))["Collectives"]  # no package
+
 parser = argparse.ArgumentParser()
 parser.add_argument("result", type=Path)
 parser.add_argument("cases", type=Path)
@@ -35,7 +37,7 @@ world = init_world(600)
 class Phases(StepTimer):
     """Marks the phases in the profile, or tells a counter about them."""
 
-    def __init__(self, counter: "Collectives | None" = None) -> None:
+    def __init__(self, counter: Any = None) -> None:
         super().__init__()
         self.counter = counter
 
@@ -45,29 +47,6 @@ class Phases(StepTimer):
             self.counter.phase = name
         with record_function(f"phase {name}"), super().phase(name):
             yield
-
-
-class Collectives(TorchDispatchMode):
-    """Elements that every collective hands over on this rank: (phase, operation) -> [calls, bytes]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.phase = ""
-        self.counts: dict[str, list[int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name.startswith("c10d::") and "barrier" not in name:
-            whole = args[0]
-            # A gather's first argument is its output, a reduce-scatter's second its input: both the whole tensor.
-            if "reduce_scatter" in name:
-                whole = args[1]
-            tensors = whole if isinstance(whole, (list, tuple)) else [whole]
-            flat = [each for part in tensors for each in (part if isinstance(part, (list, tuple)) else [part])]
-            entry = self.counts.setdefault(f"{self.phase} {name}", [0, 0])
-            entry[0] += 1
-            entry[1] += sum(each.numel() * each.element_size() for each in flat)
-        return func(*args, **(kwargs or {}))
 
 
 def peaks(profiler: Any) -> dict[str, int]:
@@ -110,7 +89,8 @@ def measure(index: int, case: dict[str, Any]) -> dict[str, Any]:
     with Collectives() as collectives:
         afd_step(roles, batch, config, 2, world=world, timer=Phases(collectives))
     KEPT.append(roles)  # engines are never freed here: their memory would be missing from the next case's balance
-    return {"peaks": peaks(profiler), "collectives": collectives.counts}
+    moved = {phase: collectives.bulk(phase) for phase in ("rollout", "discriminator", "update")}
+    return {"peaks": peaks(profiler), "collectives": moved}
 
 
 KEPT: list[Any] = []
