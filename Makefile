@@ -12,13 +12,14 @@ ARGS ?=
 # The deepspeed launcher starts `python`: the environment's own must come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test test-slow test-gpu test-triton-3.6 test-browser test-slurm check format clean
+.PHONY: help install run test test-slow test-fuzz test-gpu test-triton-3.6 test-browser test-slurm check format clean
 
 help:
 	@printf '%s\n' \
 	  'make run        distil the built-in world (ARGS="..." is passed on), and say where the report is' \
 	  'make test       fast tests, CPU' \
 	  'make test-slow  tests that start processes or train' \
+	  'make test-fuzz  300 wrong videos, captions and shards' \
 	  'make test-gpu   tests that need a CUDA device' \
 	  'make test-browser  the live player in a headless chromium (apt-get installs it if need be)' \
 	  'make test-triton-3.6  the kernels in the interpreter and as machine code with triton 3.6.0' \
@@ -49,6 +50,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	python -m pytest -q -m "slow and not gpu"
+
+test-fuzz: $(STAMP)
+	python -m pytest -q -m slow tests/afd/preparation/test_fuzz.py
 
 test-gpu: $(STAMP)
 	python -m pytest -q -m gpu

@@ -110,8 +110,13 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
                 kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
                 raise ValueError(f"{label}: no video stream, it holds {', '.join(kinds)}")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{label}: no decoder for its codec")
+            stream.codec_context.options = {"err_detect": "explode"}  # an error, not a patched-up picture
             first = previous = None
             for frame in _bounded(container, stream, label):
+                if frame.is_corrupt:
+                    raise ValueError(f"{label}: a frame is damaged")
                 if frame.pts is None or frame.time_base is None:
                     raise ValueError(f"{label}: a frame has no time stamp")
                 time_s = float(frame.pts * frame.time_base)

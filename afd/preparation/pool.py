@@ -77,7 +77,7 @@ class DecoderPool:
             process.kill()
             return f"decoding took longer than {self._timeout_s:g} s"
         except (EOFError, BrokenPipeError):
-            status = process.kill()
+            status = process.kill(after_s=5.0)
             return f"the decoder died ({'signal' if status < 0 else 'exit status'} {abs(status)})"
 
 
@@ -116,9 +116,12 @@ class _Process:
         self._process.stdin.flush()
         return pickle.load(_Reader(self._process.stdout.fileno(), deadline))
 
-    def kill(self) -> int:
-        """End the process and return its status."""
-        self._process.kill()
+    def kill(self, *, after_s: float = 0.0) -> int:
+        """End the process, after waiting for it to end by itself, and return its status."""
+        try:
+            self._process.wait(after_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         status = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
