@@ -58,7 +58,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str], output: Pa
         ("rollout.group_size=1", "rollout.group_size must be > 1 with nft.baseline = group"),
         ("video.num_frames=13", "video.num_frames must be 3 + a multiple of the student's chunk"),
         ("discriminator.ds_config=nowhere.json", "DeepSpeed config nowhere.json does not exist"),
-        ("student.init_from=nowhere.safetensors", "student weights nowhere.safetensors must be a safetensors file"),
+        ("student.init_from=nowhere.safetensors", "student weights nowhere.safetensors do not exist"),
         ("rollout.steps=[500, 1000]", "steps must be strictly decreasing"),
         ("just words", "override must read section.field=value, got 'just words'"),
     ],
