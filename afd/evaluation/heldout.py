@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +12,15 @@ from torch import Tensor
 
 from afd.config import RunConfig
 from afd.distributed import World, gather_objects
+from afd.evaluation.motion import measure_motion
 from afd.evaluation.physics import measure, summarise
 from afd.models.encoders import VideoCodec
 from afd.models.student import CausalStudent
 from afd.rollout import rollout, rollout_noise, sampler_times
+from afd.teachers.physics_scene import parse_prompt
 from afd.types import VideoBatch
 
+logger = logging.getLogger(__name__)
 _EVALUATION_STREAM = 101
 _BATCH = 32
 
@@ -69,6 +74,9 @@ class HeldoutEvaluator:
         return np.concatenate([self.codec.decode(clip).cpu().numpy() for clip in latents.split(1)])
 
     def _measure(self, latents: Tensor, prompt_rows: list[int]) -> list[dict[str, float]]:
+        clips = self.decode(latents)
+        if not self._is_physics_world:
+            return [measure_motion(clip) for clip in clips]
         constants, video = self.config.teacher.physics, self.config.video
         return [
             measure(
@@ -79,8 +87,22 @@ class HeldoutEvaluator:
                 restitution=constants.restitution,
                 background=constants.background,
             )
-            for clip, row in zip(self.decode(latents), prompt_rows, strict=True)
+            for clip, row in zip(clips, prompt_rows, strict=True)
         ]
+
+    @functools.cached_property
+    def _is_physics_world(self) -> bool:
+        """Whether every prompt is a sentence of the built-in world, whose truth is known; else motion is measured."""
+        try:
+            for prompt in self.batch.prompts:
+                parse_prompt(prompt)
+        except ValueError as error:
+            if self.world.is_main:
+                logger.info(
+                    "held-out prompts are not the built-in world's, so motion is measured, not physics: %s", error
+                )
+            return False
+        return True
 
     def _summarise(self, measured: list[dict[str, float]], rows: list[tuple[int, int]]) -> Summary:
         """Put the ranks' shares back in the order of `rows`, so that sums do not depend on the number of ranks."""

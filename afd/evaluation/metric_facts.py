@@ -43,6 +43,10 @@ FACTS: dict[str, MetricFact] = {
     "direction_fidelity": MetricFact("Direction fidelity", "", 1.0, "Share of balls thrown the way the prompt says."),
     "clutter": MetricFact("Clutter", "ball areas", 0.0, "Visible stuff that belongs to no ball."),
     "sharpness": MetricFact("Sharpness", "", "teacher", "Edge contrast; falls when a student blurs."),
+    "motion_change": MetricFact(
+        "Motion change", "", "teacher", "Change of the flow from frame to frame over its size."
+    ),
+    "brightness_flicker": MetricFact("Brightness flicker", "", "teacher", "Change of a frame's mean brightness."),
     "measured_share": MetricFact("Measured share", "", 1.0, "Share of balls with a flight long enough to fit."),
 }
 HEADLINE = ("gravity_error", "bounce_timing_error", "trajectory_residual", "dynamic_degree", "sharpness")
