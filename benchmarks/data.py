@@ -15,7 +15,6 @@ import csv
 import json
 import os
 import platform
-import sys
 import tempfile
 import threading
 import time
@@ -39,9 +38,6 @@ _NUM_PROMPTS = 500
 
 def main() -> None:
     """Run the three measurements and append one row to the table."""
-    # This folder's streaming.py must not hide the library of that name, which the loader imports when it is opened.
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--videos", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=1)

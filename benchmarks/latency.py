@@ -1,11 +1,11 @@
 """First-chunk latency and steady speed of a stream without an end, with and without decoding.
 
-    python benchmarks/streaming.py                                                  # the shipped student
-    python benchmarks/streaming.py --config configs/wan_1_3b_self_forcing.yaml --window 12 --sink 3
+    python benchmarks/latency.py                                                  # the shipped student
+    python benchmarks/latency.py --config configs/wan_1_3b_self_forcing.yaml --window 12 --sink 3
 
 With --config: random weights of the configured shape in bfloat16 and a random VAE of Wan's real size on a GPU; without
 a GPU a tiny model of the same structure, which shows that the code works and nothing about speed. Each setting streams
-once cold and then `--repeats` times warm; half-way the prompt changes. Rows go to benchmarks/results/streaming.csv.
+once cold and then `--repeats` times warm; half-way the prompt changes. Rows go to benchmarks/results/latency.csv.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from afd.rollout import SamplerTimes, sampler_times
 from afd.sampling import StreamStatistics, stream_chunks
 from afd.sampling.session import streaming_shape
 
-RESULTS = Path(__file__).resolve().parent / "results" / "streaming.csv"
+RESULTS = Path(__file__).resolve().parent / "results" / "latency.csv"
 
 
 @dataclass(frozen=True)

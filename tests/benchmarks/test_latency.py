@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[2]
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The benchmark in a process of its own, without a GPU."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "benchmarks" / "streaming.py"), *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks" / "latency.py"), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
 def test_the_configured_structure_streams_through_a_vae_of_wans_class(tmp_path: Path) -> None:
     config = str(ROOT / "configs" / "wan_1_3b_self_forcing.yaml")
-    results = tmp_path / "streaming.csv"
+    results = tmp_path / "latency.csv"
     done = run(
         *("--config", config, "--window", "6", "--sink", "3"),
         *("--chunks", "4", "--repeats", "1", "--results", str(results)),
