@@ -11,7 +11,7 @@ import math
 import struct
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,6 +215,7 @@ def load_streaming() -> types.ModuleType:
         sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
     import streaming
     from streaming.base.format.mds import encodings
+    from streaming.base.shared import prefix
 
     class BFloat16(encodings.Encoding):
         """bfloat16 tensors: a shape header and the raw bits."""
@@ -226,7 +227,35 @@ def load_streaming() -> types.ModuleType:
             return decode_bf16(data)
 
     encodings._encodings[BF16] = BFloat16
+    prefix._check_and_find = _closing_its_probes(prefix)
     return streaming
+
+
+def _closing_its_probes(prefix: types.ModuleType) -> Callable[..., int]:
+    """`streaming`'s search for a free shared-memory name, without its leak.
+
+    It opens every name in use, by whichever process, and closes none before the process ends: the n-th dataset of a
+    process takes about 6 n file descriptors, and a long test run or notebook ends with "Too many open files".
+    """
+    find, shared_memory = prefix._check_and_find, prefix.SharedMemory
+
+    @functools.wraps(find)
+    def find_and_close(*arguments: Any, **keywords: Any) -> int:
+        probes: list[Any] = []
+
+        def attach(*names: Any) -> Any:
+            probes.append(shared_memory(*names, auto_cleanup=False))
+            return probes[-1]
+
+        prefix.SharedMemory = attach
+        try:
+            return find(*arguments, **keywords)
+        finally:
+            prefix.SharedMemory = shared_memory
+            for probe in probes:
+                probe.cleanup()
+
+    return find_and_close
 
 
 def _has_torchvision() -> bool:
