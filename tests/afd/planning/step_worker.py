@@ -31,6 +31,7 @@ parser.add_argument("result", type=Path)
 parser.add_argument("cases", type=Path)
 parser.add_argument("--local_rank", type=int)
 options = parser.parse_args()
+torch.set_num_threads(1)  # every further thread has scratch memory of its own, which is not the step's
 world = init_world(600)
 
 
