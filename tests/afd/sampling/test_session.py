@@ -124,14 +124,9 @@ def test_ctrl_c_ends_a_stream_without_an_end(tmp_path: Path) -> None:
     out, root = tmp_path / "a.mp4", Path(afd.__file__).parents[1]
     command = [sys.executable, "-m", "afd.cli", "sample", "--stream", "--prompt", RED, "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores Ctrl-C and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # A shell's background job ignores Ctrl-C, and so would its children.
+    hearing = ["env", "--default-signal=INT", *command]
+    process = subprocess.Popen(hearing, env=environment, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not (out.exists() and out.stat().st_size > 4000):
         assert time.monotonic() < end
