@@ -12,7 +12,7 @@ ARGS ?=
 # The deepspeed launcher starts `python`: the environment's own must come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test test-slow test-fuzz test-gpu test-triton-3.6 test-browser test-slurm check format clean
+.PHONY: help install run test test-slow test-fuzz test-gpu test-memory test-triton-3.6 test-browser test-slurm check format clean
 
 help:
 	@printf '%s\n' \
@@ -21,6 +21,7 @@ help:
 	  'make test-slow  tests that start processes or train' \
 	  'make test-fuzz  300 wrong videos, captions and shards' \
 	  'make test-gpu   tests that need a CUDA device' \
+	  'make test-memory  profiled memory of real steps against the plan (not in CI: see docs/planning.md)' \
 	  'make test-browser  the live player in a headless chromium (apt-get installs it if need be)' \
 	  'make test-triton-3.6  the kernels in the interpreter and as machine code with triton 3.6.0' \
 	  'make test-slurm batch scripts under a real Slurm, installed by apt-get where absent (root)' \
@@ -49,13 +50,16 @@ test: $(STAMP)
 	python -m pytest -q
 
 test-slow: $(STAMP)
-	python -m pytest -q -m "slow and not gpu"
+	python -m pytest -q -m "slow and not gpu and not memory"
 
 test-fuzz: $(STAMP)
 	python -m pytest -q -m slow tests/afd/preparation/test_fuzz.py
 
 test-gpu: $(STAMP)
 	python -m pytest -q -m gpu
+
+test-memory: $(STAMP)
+	python -m pytest -q -m memory
 
 test-browser: $(STAMP)
 	bash tests/install_browser.sh

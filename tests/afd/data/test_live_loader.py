@@ -16,7 +16,7 @@ NUM_BASE = 23
 
 @pytest.fixture(scope="module")
 def new_base(_pristine_shards, tmp_path_factory):
-    """Makes base loaders at their start over one StreamingDataset, on a copy: reading unpacks beside the packed files."""
+    """Makes base loaders at their start over one StreamingDataset, on a copy: reading unpacks beside the packed."""
     base = shutil.copytree(_pristine_shards, tmp_path_factory.mktemp("base") / "shards")
     opened = build_loader(base, batch_size_per_rank=5, world_size=1, rank=0, seed=3)
     return lambda: ShardLoader(opened._dataset, opened._store, batch_size_per_rank=5, world_size=1, rank=0)

@@ -46,6 +46,7 @@ class Phases(StepTimer):
     def phase(self, name: str) -> Iterator[None]:
         if self.counter is not None:
             self.counter.phase = name
+        gc.collect()  # garbage in cycles goes when Python likes: it is not the step's
         with record_function(f"phase {name}"), super().phase(name):
             yield
 
@@ -83,10 +84,10 @@ def measure(index: int, case: dict[str, Any]) -> dict[str, Any]:
         plan = plan_run(config, ds_student, ds_discriminator, world_size=world.size)
         roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
         batch = batch_of(plan.prompts_per_rank, plan.latents, shape)
-        built = gc.collect()
+        gc.collect()
         for step in range(2):
             afd_step(roles, batch, config, step, world=world, timer=Phases())
-        del built
+        gc.collect()
     with Collectives() as collectives:
         afd_step(roles, batch, config, 2, world=world, timer=Phases(collectives))
     KEPT.append(roles)  # engines are never freed here: their memory would be missing from the next case's balance
