@@ -81,7 +81,9 @@ class Job:
             time.sleep(0.2)
 
     def start_again(self, number: str | None = None) -> None:
-        """Slurm lets a requeued job wait two minutes; a test does not."""
+        """Slurm lets a requeued job wait two minutes, and ends what is left of its first start meanwhile; a test gives
+        it a few seconds."""
+        time.sleep(5)
         self.cluster.run("scontrol", "update", f"JobId={number or self.number}", "StartTime=now")
 
 
