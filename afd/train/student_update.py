@@ -16,6 +16,7 @@ from afd.models.three_velocities import LaggingPass
 from afd.rollout import SamplerTimes, chunk_spans
 from afd.train.averaging import ParameterAverage
 from afd.train.engines import Engine, gathered
+from afd.train.student_step import engine_facts
 from afd.types import NoisedStates, Rollout
 from afd_kernels import add_noise_and_target, nft_loss
 
@@ -141,9 +142,4 @@ def update_student(
             errors = [(v - target).float().square().mean() for target in targets]
             totals += torch.stack([loss.detach(), *errors]) * (len(x_t) / len(weight))
     names = ("student/loss", "student/flow_error", "student/old_deviation", "student/prior")
-    facts = {
-        "student/grad_norm": torch.tensor(float(engine.get_global_grad_norm() or 0.0), device=weight.device),
-        "student/lr": torch.tensor(float(engine.get_lr()[0]), device=weight.device),
-        "student/skipped_steps": torch.tensor(float(engine.skipped_steps), device=weight.device),
-    }
-    return dict(zip(names, all_reduce_mean(totals), strict=True)) | facts
+    return dict(zip(names, all_reduce_mean(totals), strict=True)) | engine_facts(engine, weight.device)
