@@ -231,7 +231,7 @@ def load_streaming() -> types.ModuleType:
     return streaming
 
 
-def _closing_its_probes(prefix: types.ModuleType) -> Callable[..., int]:
+def _closing_its_probes(prefix: Any) -> Callable[..., int]:
     """`streaming`'s search for a free shared-memory name, without its leak.
 
     It opens every name in use, by whichever process, and closes none before the process ends: the n-th dataset of a
