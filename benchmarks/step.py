@@ -25,6 +25,7 @@ from measurement import CPU_WARNING, describe_commit, describe_device, describe_
 from afd.config import DiscriminatorShape, RunConfig, StudentShape
 from afd.config_file import ConfigError, load_config
 from afd.distributed import World, close_world, init_world, seeded_generator
+from afd.models.discriminator import LatentDiscriminator
 from afd.models.encoders import latent_shape
 from afd.models.lora import add_lora
 from afd.models.student import CausalStudent
@@ -161,7 +162,8 @@ def run_steps(
     with torch.device(world.device):
         torch.manual_seed(0)
         student = train_ready(CausalStudent(shape), config)
-    roles = roles_around(student, config, *files, world=world)
+        discriminator = LatentDiscriminator(config.discriminator.shape)
+    roles = roles_around(student, discriminator, config, *files, world=world)
     batch, timers = random_batch(shape, latents, world), []
     for step in range(steps + 1):
         timer = WatchedTimer(world.device)

@@ -38,6 +38,8 @@ class DiscriminatorShape(Section):
 class DiscriminatorSection(Section):
     """The Bradley-Terry discriminator and its training."""
 
+    kind: Literal["latent"] = "latent"
+    """What scores clips: `latent`, a transformer on latents trained from scratch."""
     shape: DiscriminatorShape = DiscriminatorShape()
     """Dimensions."""
     ds_config: Path = Path("configs/zero2_discriminator.json")

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from afd.config import AveragesSection, RunConfig, configured_shape
 from afd.distributed import World
-from afd.models.discriminator import LatentDiscriminator
 from afd.models.lora import add_lora, add_old_adapter, old_adapter_name
 from afd.models.student import CausalBlock, CausalStudent
 from afd.models.weights import fill_student, load_student, open_student
 from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_ramp_to_half
+from afd.train.discriminators import build_discriminator
 from afd.train.ds_config import DSConfig, load_ds_config
 from afd.train.engines import Engine, build_engine, build_sharded, write_shard
 from afd.train.objectives import Roles
 from afd.train.preflight import RunPlan
 from afd.train.replay import RolloutReplay
 
-_DISCRIMINATOR_SEED_OFFSET = 7919
-
 
 def build_roles(
     config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
 ) -> Roles:
     """Both engines and the three averages of a run; collective."""
-    return roles_around(build_student(config, plan, ds_student), config, ds_student, ds_discriminator, world=world)
+    student, discriminator = build_student(config, plan, ds_student), build_discriminator(config, plan, world)
+    return roles_around(student, discriminator, config, ds_student, ds_discriminator, world=world)
 
 
 def roles_around(
-    student: CausalStudent, config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
-) -> Roles:
-    """The same for a student that is already in memory, as `train_ready` leaves it; collective."""
+    student: CausalStudent, discriminator: nn.Module, config: RunConfig, ds_student: DSConfig,
+    ds_discriminator: DSConfig, *, world: World,
+) -> Roles:  # fmt: skip
+    """The same around models that are in memory, the student as `train_ready` leaves it; collective."""
     student = student.to(world.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + _DISCRIMINATOR_SEED_OFFSET)
-        discriminator = LatentDiscriminator(config.discriminator.shape).to(world.device)
     student_engine = build_engine(student, ds_student, leaf_modules=(CausalBlock,))
     averages = config.averages
     critic, real_score = _build_scores(config, world=world)
