@@ -80,7 +80,7 @@ def dmd_step(
     with timer.phase("update"), gathered(critic) as fake_score:
 
         def matching(clip: Tensor, prompt: Tensor, noise: Tensor, eps: Tensor, t: Tensor):
-            x0 = last_step_in_parallel(engine, clip, prompt, noise, times)
+            x0 = last_step_in_parallel(engine, clip, prompt, noise, times, engine.module.shape)
             with torch.no_grad():
                 x_t = add_noise(x0, eps, t)
                 estimates = [x0_from_velocity(x_t, score(x_t, t, prompt), t) for score in (fake_score, real_score)]

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from afd.config import DiscriminatorSection, RunConfig
+from afd.config import DiscriminatorSection, RunConfig, StudentShape
 from afd.diffusion.flow_matching import add_noise, x0_from_velocity
 from afd.diffusion.losses import bradley_terry_loss, non_saturating_loss
 from afd.distributed import World, seeded_generator
-from afd.rollout import SamplerTimes, sampler_times
+from afd.rollout import SamplerTimes, chunk_spans, sampler_times
 from afd.train.discriminator_update import update_discriminator
 from afd.train.engines import gathered
 from afd.train.objectives import DISCRIMINATOR, EXIT, REPLAY, Roles, StepTimer, roll_out, sample_generators
@@ -24,19 +24,26 @@ from afd.types import VideoBatch
 def truncated(times: SamplerTimes, seed: tuple[int, ...]) -> SamplerTimes:
     """The sampler stopped after a random number of its steps, the same for every chunk, row and rank.
 
+    A first chunk with steps of its own stops after a random number of those.
     Source: Self-Forcing, arXiv 2506.08009, algorithm 1 (gradient through the last denoising step alone).
     """
-    last = int(torch.randint(len(times.times), (1,), generator=seeded_generator(*seed)))
-    return dataclasses.replace(times, times=times.times[: last + 1])
+    generator = seeded_generator(*seed)
+
+    def cut(grid: tuple[float, ...]) -> tuple[float, ...]:
+        return grid[: int(torch.randint(len(grid), (1,), generator=generator)) + 1]
+
+    first = times.first_chunk_times
+    return dataclasses.replace(times, times=cut(times.times), first_chunk_times=cut(first) if first else None)
 
 
 def last_step_in_parallel(
-    velocity: Callable[..., Tensor], x0: Tensor, prompt: Tensor, noise: Tensor, times: SamplerTimes
+    velocity: Callable[..., Tensor], x0: Tensor, prompt: Tensor, noise: Tensor, times: SamplerTimes, shape: StudentShape
 ) -> Tensor:
     """The rollout's x0 again, all chunks at once, with the gradient of its last denoising step.
 
     In the teacher-forcing layout a chunk sees the clean chunks before it just as the cached rollout did, so repeating
-    the denoising steps from the rollout's own noise gives the rollout's own clips.
+    the denoising steps from the rollout's own noise gives the rollout's own clips. All chunks take their last step in
+    the same, last pass; one with fewer steps waits for it.
 
     Args:
         velocity: the student's forward, `(x_t, t, prompt, clean=, context_noise=)`.
@@ -44,19 +51,36 @@ def last_step_in_parallel(
         prompt: [N, L, D].
         noise: [N, S, C, F, H, W], what the rollout was made from.
         times: the rollout's.
+        shape: the student's; tells the chunks.
     Returns:
         x0 [N, C, F, H, W], equal to the argument up to rounding.
     """
+    spans = chunk_spans(shape, x0.shape[2])
+    grids = [times.of_chunk(index) for index in range(len(spans))]
+    lengths = torch.tensor([end - start for start, end in spans])
+    most = max(len(grid) for grid in grids)
     ones = torch.ones(x0.shape[0], x0.shape[2], device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32))
-    at = times.context_noise
-    clean = add_noise(x0, noise[:, times.num_noises - 1], at * ones) if at else x0
+
+    def at(step: int) -> Tensor:  # [N, F], each chunk's own time
+        own = [grid[max(step - (most - len(grid)), 0)] for grid in grids]
+        return torch.tensor(own, dtype=torch.float64).repeat_interleave(lengths).to(ones) * ones
+
+    context = times.context_noise
+    clean = add_noise(x0, noise[:, times.num_noises - 1], context * ones) if context else x0
     x_t, made = noise[:, 0], x0
-    for step, time in enumerate(times.times):
-        is_last = step + 1 == len(times.times)
+    for step in range(most):
+        t, is_last = at(step), step + 1 == most
         with torch.set_grad_enabled(is_last):
-            made = x0_from_velocity(x_t, velocity(x_t, time * ones, prompt, clean=clean, context_noise=at), time * ones)
+            made = x0_from_velocity(x_t, velocity(x_t, t, prompt, clean=clean, context_noise=context), t)
         if not is_last:
-            x_t = add_noise(made, noise[:, step + 1], times.times[step + 1] * ones)
+            after, parts = at(step + 1), []
+            for (start, end), grid in zip(spans, grids, strict=True):
+                frames, done = slice(start, end), step - (most - len(grid)) + 1  # steps this chunk has done
+                if done > 0:
+                    parts.append(add_noise(made[:, :, frames], noise[:, done, :, frames], after[:, frames]))
+                else:
+                    parts.append(x_t[:, :, frames])
+            x_t = torch.cat(parts, dim=2)
     return made
 
 
@@ -112,7 +136,7 @@ def gan_step(
     with timer.phase("update"), gathered(roles.discriminator) as module, frozen(module) as discriminator:
 
         def adversarial(clip: Tensor, prompt: Tensor, eps: Tensor, teacher_clip: Tensor, shift: Tensor):
-            x0 = last_step_in_parallel(engine, clip, prompt, eps, times)
+            x0 = last_step_in_parallel(engine, clip, prompt, eps, times, engine.module.shape)
             seen = x0.detach().requires_grad_()
             shift = section.input_noise * shift
             teacher_scores = discriminator(teacher_clip + shift[:, 0], prompt)
