@@ -75,6 +75,14 @@ def rollout_noise(keys: Sequence[Sequence[int]], num_noises: int, latents_shape:
     return torch.stack(rows)
 
 
+def last_step_noise(noise: Tensor, times: SamplerTimes, shape: StudentShape) -> Tensor:
+    """The noise that each chunk's last denoising step started from: [N, S, C, F, H, W] -> [N, C, F, H, W]."""
+    spans = chunk_spans(shape, noise.shape[3])
+    steps = (len(times.of_chunk(index)) for index in range(len(spans)))
+    parts = [noise[:, count - 1, :, start:end] for count, (start, end) in zip(steps, spans, strict=True)]
+    return torch.cat(parts, dim=2)
+
+
 class RolloutSampler:
     """Generates N videos chunk by chunk: predict x0 at each time, re-noise it with fresh noise to the next.
 

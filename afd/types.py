@@ -46,12 +46,14 @@ class Rollout:
         prompt_embeds: [N, L, D] float32.
         group_ids: [N] int64, index of the prompt in the global batch.
         sample_ids: [N] int64, the prompt's dataset index.
+        noise: [N, C, F, H, W], what each chunk's last denoising step started from; None where nobody needs it.
     """
 
     latents: Tensor
     prompt_embeds: Tensor
     group_ids: Tensor
     sample_ids: Tensor
+    noise: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ class NFTSection(Section):
     time_sampling: Literal["grid", "uniform", "logit_normal", "terminal"] = "grid"
     """Times of the forward process, one per chunk; `grid` draws the sampler's own, `terminal` takes its last alone
     (credit for the last denoising step only: an ablation)."""
+    noise_coupling: Fraction = 0.0
+    """rho: the forward process takes eps' = rho eps + sqrt(1 - rho^2) xi, eps being the noise that the rollout's last
+    denoising step started from, xi fresh. 0 is the paper's independent noise. At 1 a one-step student stands where it
+    was and there is no signal. Read by objective afd."""
     velocities: Literal["one_gather", "three_passes"] = "one_gather"
     """How v, v_old and v_ref are computed under ZeRO-3; the numbers agree. `one_gather`: with LoRA all three go through
     each block while its frozen weights are gathered once; with full fine-tuning each role is gathered once for all

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from afd.config import RunConfig
 from afd.diffusion.advantage import group_advantage, normalise_advantage, optimality_weight
 from afd.distributed import World, gather_cat, seeded_generator
-from afd.rollout import SamplerTimes, rollout, rollout_noise, sampler_times
+from afd.rollout import SamplerTimes, last_step_noise, rollout, rollout_noise, sampler_times
 from afd.train.averaging import ParameterAverage
 from afd.train.discriminator_update import score, update_discriminator
 from afd.train.engines import Engine, gathered
@@ -95,7 +95,9 @@ def roll_out(
         latents = torch.cat([rollout(student, prompt, eps, times) for prompt, eps in parts])
     first = world.rank * len(ids)
     group_ids = torch.arange(first, first + len(ids)).repeat_interleave(group_size)
-    return Rollout(latents, embeds, group_ids, batch.sample_ids.repeat_interleave(group_size)), noise
+    is_coupled = config.nft.noise_coupling > 0
+    own = last_step_noise(noise, times, roles.student.module.shape) if is_coupled else None
+    return Rollout(latents, embeds, group_ids, batch.sample_ids.repeat_interleave(group_size), own), noise
 
 
 def weigh(scores: Tensor, config: RunConfig, *, world: World) -> tuple[Tensor, dict[str, Tensor]]:

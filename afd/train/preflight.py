@@ -170,10 +170,10 @@ def _check_objective(
     config: RunConfig, shape: StudentShape, student_batch: tuple[int, int, int], world_size: int
 ) -> None:
     """What the baselines need beyond AFD's inputs."""
-    if config.objective in ("gan", "dmd") and config.rollout.first_chunk_steps is not None:
+    if config.nft.noise_coupling and config.objective != "afd":
         raise ConfigError(
-            f"rollout.first_chunk_steps must be null with objective = {config.objective} (all chunks stop at the same "
-            f"step), got {list(config.rollout.first_chunk_steps)}"
+            f"nft.noise_coupling must be 0 with objective = {config.objective} (it has no rollout noise to couple to), "
+            f"got {config.nft.noise_coupling}"
         )
     if config.objective != "dmd":
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -25,7 +26,9 @@ def make_noised_states(
     rollout: Rollout, generators: list[torch.Generator], section: NFTSection, *, times: SamplerTimes, shift: float,
     shape: StudentShape,
 ) -> NoisedStates:  # fmt: skip
-    """The forward process on the student's own samples: one time per chunk, fresh noise; context as in the rollout.
+    """The forward process on the student's own samples: one time per chunk, context as in the rollout.
+
+    The noise is fresh, or coupled to the rollout's own: eps' = rho eps + sqrt(1 - rho^2) xi.
 
     Args:
         rollout: N clean samples.
@@ -34,6 +37,8 @@ def make_noised_states(
         times: the sampler's times.
         shift: the sampler's time shift.
         shape: the student's; tells the chunks.
+    Raises:
+        ValueError: coupled noise is asked for and the rollout did not keep its own.
     """
     x0 = rollout.latents
     lengths = [end - start for start, end in chunk_spans(shape, x0.shape[2])]
@@ -47,6 +52,10 @@ def make_noised_states(
         shift=shift,
     ).to(x0.device)  # [N, F]
     eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
+    if section.noise_coupling:
+        if rollout.noise is None:
+            raise ValueError(f"rollout.noise must be kept for noise_coupling {section.noise_coupling}, got None")
+        eps = section.noise_coupling * rollout.noise + math.sqrt(1 - section.noise_coupling**2) * eps
     x_t, v_target = add_noise_and_target(x0, eps, t)
     clean = x0
     if times.context_noise:

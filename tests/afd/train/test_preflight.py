@@ -103,6 +103,7 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
         (["rollout.group_size=1"], {}, "rollout.group_size must be > 1 with nft.baseline = group"),
         (["rollout.steps=[500, 500]"], {}, "steps must be strictly decreasing integers"),
         (["rollout.first_chunk_steps=[500, 500]"], {}, "steps must be strictly decreasing integers"),
+        (["nft.noise_coupling=0.5", "objective=sft"], {}, "nft.noise_coupling must be 0 with objective = sft"),
         (["student.num_layers=3"], {}, "student.num_layers must be "),
         (["video.num_frames=13"], {}, "video.num_frames must be 3 + a multiple of the student's chunk 3, got 13"),
         (["video.num_frames=2"], {}, "video.num_frames must be 3 + a multiple of the student's chunk 3, got 2"),
