@@ -20,9 +20,9 @@ class _Pairs:
     """What D is trained on: row-paired clips of N prompts.
 
     Attributes:
-        real, fake: [N, C, F, H, W], input noise added.
+        real, fake: [N, ...] clips as the discriminator's view shows them, input noise added.
         nearby: teacher clips a little off, for the smoothness penalty; None without it.
-        prompt: [N, L, D].
+        prompt: [N, ...] conditions.
     """
 
     real: Tensor
@@ -69,8 +69,8 @@ def update_discriminator(
 
     Args:
         engine: the discriminator's; its micro batch times accumulation is this rank's number of rollouts N.
-        teacher: B prompts with their teacher videos.
-        rollout: N = B G rollouts, the G of a prompt in consecutive rows.
+        teacher: B prompts with their teacher videos, as the discriminator's view shows them.
+        rollout: N = B G rollouts, the same, the G of a prompt in consecutive rows.
         section: temperature, label smoothing, input noise, smoothness penalty, hold_above.
         generators: one per row, for the noises.
     Returns:
@@ -129,8 +129,8 @@ def _is_held(engine: Engine, pairs: _Pairs, section: DiscriminatorSection) -> bo
 
 
 @torch.no_grad()
-def score(engine: Engine, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
-    """Scores D(x, y) [N] of clips [N, C, F, H, W], in the engine's micro batches, without gradient."""
+def score(engine: Engine, clips: Tensor, condition: Tensor) -> Tensor:
+    """Scores D(x, y) [N] of what a view returned (both [N, ...]), in micro batches, without gradient."""
     micro = 2 * engine.train_micro_batch_size_per_gpu()
-    parts = zip(latents.split(micro), prompt_embeds.split(micro), strict=True)
+    parts = zip(clips.split(micro), condition.split(micro), strict=True)
     return torch.cat([engine(part, prompt) for part, prompt in parts])

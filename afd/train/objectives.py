@@ -16,6 +16,7 @@ from afd.distributed import World, gather_cat, seeded_generator
 from afd.rollout import SamplerTimes, last_step_noise, rollout, rollout_noise, sampler_times
 from afd.train.averaging import ParameterAverage
 from afd.train.discriminator_update import score, update_discriminator
+from afd.train.discriminator_view import DiscriminatorView, latent_view, show
 from afd.train.engines import Engine, gathered
 from afd.train.replay import RolloutReplay
 from afd.train.student_update import make_noised_states, update_student, velocities_of
@@ -39,6 +40,8 @@ class Roles:
     """The fake score of objective dmd: a velocity model of the student's own clips."""
     real_score: nn.Module | None = None
     """The real score of objective dmd: a frozen velocity model of the teacher's videos."""
+    view: DiscriminatorView = latent_view
+    """What the discriminator is shown of a clip and its prompt."""
 
 
 class StepTimer:
@@ -133,7 +136,7 @@ def warmup_step(
         x_s, _ = roll_out(roles, teacher, config, step, world=world)
     with timer.phase("discriminator"):
         generators = sample_generators(teacher, config.rollout.group_size, config.seed, DISCRIMINATOR, step)
-        pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))
+        pairs = roles.replay.mix(*show(roles.view, teacher, x_s), seed=(config.seed, REPLAY, step))
         return update_discriminator(roles.discriminator, *pairs, config.discriminator, generators)
 
 
@@ -178,12 +181,13 @@ def afd_step(
         x_s, _ = roll_out(roles, teacher, config, step, world=world)  # (2)
     metrics: dict[str, Tensor] = {}
     with timer.phase("discriminator"):
-        pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))
+        seen = show(roles.view, teacher, x_s)
+        pairs = roles.replay.mix(*seen, seed=(config.seed, REPLAY, step))
         for repeat in range(config.discriminator.steps_per_student_step):  # (3)
             generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, repeat)
             metrics |= update_discriminator(roles.discriminator, *pairs, config.discriminator, generators)
     with timer.phase("score"):
-        scores = score(roles.discriminator, x_s.latents, x_s.prompt_embeds)
+        scores = score(roles.discriminator, seen[1].latents, seen[1].prompt_embeds)
         w, weight_metrics = weigh(scores, config, world=world)  # (4)
     times, shape = sampler_times(config.rollout), roles.student.module.shape
     with timer.phase("update"):
