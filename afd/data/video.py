@@ -20,6 +20,7 @@ import av
 import cv2
 import numpy as np
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
 # Containers of finished videos. Left out: playlists and scripts that make FFmpeg open other files or addresses.
 _CONTAINERS = "mov,matroska,webm,gif,avi,mpegts,mpeg,flv,ogg,asf,ivf,yuv4mpegpipe"
@@ -114,6 +115,8 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
                 raise ValueError(f"{label}: no decoder for its codec")
             stream.codec_context.options = {"err_detect": "explode"}  # an error, not a patched-up picture
             first = previous = None
+            # One converter for all frames and no threads of its own: a frame's own would start several for each.
+            converter = VideoReformatter()
             for frame in _bounded(container, stream, label):
                 if frame.is_corrupt:
                     raise ValueError(f"{label}: a frame is damaged")
@@ -124,7 +127,7 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
                 if previous is not None and time_s < previous:
                     raise ValueError(f"{label}: time stamps run backwards, {previous:.3f} s then {time_s:.3f} s")
                 previous = time_s
-                yield time_s - first, frame.to_ndarray(format="rgb24")
+                yield time_s - first, converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     except (FFmpegError, OSError) as error:
         raise ValueError(f"{label}: cannot be decoded as a video: {error.strerror or error}") from error
 

@@ -11,6 +11,7 @@ import html
 import io
 import itertools
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -41,9 +42,9 @@ _NUM_BINS = 40
 
 @dataclass
 class _Tally:
-    """Counts and values over the samples; 5 numbers each, so 10 M samples are 400 MB."""
+    """Counts and values over the samples; 5 doubles each, so 10 M samples are 400 MB."""
 
-    values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in MEASURES})
+    values: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in MEASURES})
     prompts: Counter[bytes] = field(default_factory=Counter)
     teachers: Counter[str] = field(default_factory=Counter)
     licences: Counter[str] = field(default_factory=Counter)

@@ -7,12 +7,12 @@ source. What was seen is kept in a temporary SQLite database on the disk: memory
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from afd.data.schema import Reject
+from afd.seen import Seen
 from afd.teachers.base import SourceReject, SourceVideo, VideoRequest, VideoSource
 
 SPLITS = ("train", "heldout")
@@ -91,33 +91,6 @@ class Item:
         """Where the video lies, if it is a file."""
         path = self.video.path if self.video else None
         return "" if path is None else str(path).encode("utf-8", "backslashreplace").decode()
-
-
-class Seen:
-    """Digests that came before, with the source_id that brought them: a temporary database outside of memory."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-        self._database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, first TEXT, count INTEGER) WITHOUT ROWID")
-
-    def count(self, digest: bytes) -> int:
-        """Count one more of a digest and return how many there were before."""
-        insert = (
-            "INSERT INTO seen VALUES (?, '', 1) ON CONFLICT (digest) DO UPDATE SET count = count + 1 RETURNING count"
-        )
-        with self._lock:
-            return self._database.execute(insert, (digest,)).fetchone()[0] - 1
-
-    def first(self, digest: bytes, source_id: str) -> str:
-        """The source_id that brought a digest first; from now on this one, if none did."""
-        with self._lock:
-            self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, 1)", (digest, source_id))
-            return self._database.execute("SELECT first FROM seen WHERE digest = ?", (digest,)).fetchone()[0]
-
-    def close(self) -> None:
-        """Free the database."""
-        self._database.close()
 
 
 class Intake:

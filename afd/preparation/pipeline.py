@@ -40,7 +40,6 @@ from afd.preparation.intake import (
     Census,
     Intake,
     Item,
-    Seen,
     SplitRule,
     hash_split,
     prompt_key,
@@ -48,6 +47,7 @@ from afd.preparation.intake import (
 )
 from afd.preparation.journal import Journal, Progress
 from afd.preparation.pool import DecoderPool
+from afd.seen import Seen
 from afd.teachers.base import SourceVideo, VideoRequest, VideoSource
 from afd.teachers.physics import PhysicsTeacher, heldout_prompts, training_prompts
 from afd.teachers.sources import GeneratedSource, open_source

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from afd.seen import Seen
 from afd.teachers.base import SourceReject, SourceVideo, VideoRequest, accept_all
 from afd.teachers.folder_metadata import PROMPT_FILES, Columns, Row, find_table, match_list, read_table
 from afd.teachers.frames import FRAME_SUFFIXES, list_frames
@@ -57,8 +58,17 @@ class FolderSource:
 
     def videos(self, wanted: Callable[[VideoRequest], bool] = accept_all) -> Iterator[SourceVideo | SourceReject]:
         """Yield each wanted row's video, or why it has none; then a reject for every video without a caption."""
-        named: set[bytes] = set()  # digests of the files the table names: 10 M files need 1 GB, their paths ten
-        given: set[bytes] = set()
+        with Seen() as named, Seen() as given:
+            yield from self._captioned(wanted, named, given)
+            for path in self._files():
+                relative = path.relative_to(self._root).as_posix()
+                if _digest(relative) not in named and not self._is_refused(path):
+                    yield SourceReject(_printable(relative), "missing caption")
+
+    def _captioned(
+        self, wanted: Callable[[VideoRequest], bool], named: Seen, given: Seen
+    ) -> Iterator[SourceVideo | SourceReject]:
+        """Go through the table; notes every file it names."""
         for row in self._rows():
             if isinstance(row, SourceReject):
                 yield row
@@ -68,18 +78,13 @@ class FolderSource:
                 yield SourceReject(f"{row.label} {_printable(row.file)}", found)
                 continue
             relative = found.relative_to(self._root).as_posix()
-            named.add(_digest(relative))
+            named.count(_digest(relative))
             identity = _digest(f"{relative}\n{row.prompt}")
             request = VideoRequest(row.prompt, _seed(row, relative), f"folder-{identity.hex()}", row.short_prompt)
-            if identity in given:
+            if given.count(identity):
                 yield SourceReject(f"{row.label} {relative}", "listed twice with the same caption")
             elif wanted(request):
                 yield self._video(request, row, found)
-            given.add(identity)
-        for path in self._files():
-            relative = path.relative_to(self._root).as_posix()
-            if _digest(relative) not in named and not self._is_refused(path):
-                yield SourceReject(_printable(relative), "missing caption")
 
     def _video(self, request: VideoRequest, row: Row, path: Path) -> SourceVideo:
         return SourceVideo(
