@@ -110,6 +110,8 @@ class PretrainSection(Section):
     """AdamW learning rate of the second stage."""
     ema_decay: Fraction = 0.995
     """Decay of the averaged weights that each stage hands on."""
+    start_from: Path | None = None
+    """A student whose weights the first stage goes on from, under the chunks of `student.*`; None starts at random."""
 
 
 class LoRASection(Section):

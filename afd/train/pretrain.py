@@ -8,6 +8,7 @@ CausVid and Self-Forcing initialise their few-step students). The result ships w
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import logging
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from afd.config import PhysicsConstants, PretrainSection, RunConfig, StudentShape
+from afd.config import PhysicsConstants, PretrainSection, RunConfig, StudentShape, configured_shape
 from afd.diffusion.flow_matching import add_noise, shift_time, x0_from_velocity
 from afd.distributed import seeded_generator
 from afd.models.dct_codec import DCTCodec
@@ -157,8 +158,15 @@ def _multistep_once(
     student: CausalStudent, data: tuple[Tensor, Tensor, Tensor], config: RunConfig, path: Path
 ) -> CausalStudent:
     """Stage 1, or its result where `path` holds one made with the same settings."""
+    start = config.pretrain.start_from
     settings = json.dumps(
-        {"seed": config.seed, "video": config.video.model_dump(), "pretrain": config.pretrain.model_dump()},
+        {
+            "seed": config.seed,
+            "video": config.video.model_dump(),
+            "pretrain": config.pretrain.model_dump(mode="json"),
+            "shape": student.shape.model_dump(),
+            "start": None if start is None else hashlib.sha256(start.read_bytes()).hexdigest(),
+        },
         sort_keys=True,
     )
     if path.exists() and read_student_note(path).get("settings") == settings:
@@ -169,8 +177,17 @@ def _multistep_once(
     return multi_step
 
 
+def _initial_student(config: RunConfig) -> CausalStudent:
+    """What stage 1 starts from: random weights, or another student's under this configuration's chunks."""
+    if config.pretrain.start_from is None:
+        return CausalStudent(configured_shape(StudentShape(), config.student))
+    student = load_student(config.pretrain.start_from, config=config.student.model_dump())
+    student.shape = configured_shape(student.shape, config.student)
+    return student
+
+
 def make_base_student(config: RunConfig, out: Path) -> None:
-    """Both stages from nothing: writes `text_encoder/` and `student.safetensors` (float16) into a folder.
+    """Both stages: writes `text_encoder/` and `student.safetensors` (float16) into a folder.
 
     `multi_step.safetensors` (float32) is stage 1's result; a second call in the same folder with the same settings
     starts from it. Deterministic for a given configuration, torch build and processor: one thread, because the order
@@ -193,7 +210,7 @@ def make_base_student(config: RunConfig, out: Path) -> None:
         }
     )
     data = wrong_physics_latents(config.pretrain, constants, text, seed=config.seed)
-    student = CausalStudent(StudentShape())
+    student = _initial_student(config)
     logger.info("base student: %d parameters", sum(parameter.numel() for parameter in student.parameters()))
     multi_step = _multistep_once(student, data, config, out / "multi_step.safetensors")
     few_step = distil_few_step(multi_step, data, config.pretrain, seed=config.seed)
