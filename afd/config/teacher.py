@@ -20,6 +20,9 @@ class PhysicsConstants(Section):
     """Speed kept by the normal motion at a wall, the floor or the ceiling."""
     ball_restitution: Fraction = 0.9
     """The same between two balls."""
+    spread: Fraction = 1.0
+    """How much a prompt leaves open: 1 draws start, speed, angle and radius from the prompt's whole bands; at 0 they
+    follow from the prompt, which then has one video."""
     duration_s: Annotated[float, Field(gt=0)] = 1.5
     """Length of a clip; round(duration_s * fps) frames, the first at time 0."""
     fps: Positive = 24
@@ -65,7 +68,7 @@ class TeacherSection(Section):
     """Prompt list for http and pipeline: one a line (.txt), or .jsonl or .json with `prompt`; an `_extended` twin
     beside it gives the wording that is asked for."""
     videos_per_prompt: Positive = 1
-    """Videos per prompt of http and pipeline, with consecutive seeds."""
+    """Videos per prompt of physics (training prompts), http and pipeline, with consecutive seeds."""
     first_seed: NonNegative = 0
     """Seed of a prompt's first video."""
     licence: str = ""
@@ -79,7 +82,7 @@ class TeacherSection(Section):
         return self
 
     num_prompts: Positive = 200
-    """Training prompts, one teacher video each."""
+    """Training prompts, videos_per_prompt teacher videos each."""
     num_heldout_prompts: Positive = 64
     """Prompts never trained on, for evaluation."""
 

@@ -81,11 +81,10 @@ def open_split_source(config: RunConfig) -> tuple[VideoSource, SplitRule | None]
     teacher = PhysicsTeacher(config.teacher.physics)
     train = training_prompts(config.teacher.num_prompts)
     heldout = heldout_prompts(config.teacher.num_heldout_prompts)
-    requests = [
-        VideoRequest(prompt, number, teacher.source_id(prompt, number))
-        for prompts in (train, heldout)
-        for number, prompt in enumerate(prompts)
-    ]
+    each = config.teacher.videos_per_prompt
+    asked = [(prompt, each * number + again) for number, prompt in enumerate(train) for again in range(each)]
+    asked += [(prompt, number) for number, prompt in enumerate(heldout)]
+    requests = [VideoRequest(prompt, seed, teacher.source_id(prompt, seed)) for prompt, seed in asked]
     source = GeneratedSource(teacher, requests, teacher="physics", version=teacher.version)
     held = frozenset(heldout)
     return source, lambda request: "heldout" if request.prompt in held else "train"

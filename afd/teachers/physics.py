@@ -62,7 +62,7 @@ def simulate(prompt: str, seed: int, constants: PhysicsConstants) -> Scene:
         ValueError: the prompt is not a sentence of this world.
     """
     balls = parse_prompt(prompt)
-    return Scene(balls, integrate(draw_initial_state(balls, seed, prompt), constants))
+    return Scene(balls, integrate(draw_initial_state(balls, seed, prompt, spread=constants.spread), constants))
 
 
 def render_scene(scene: Scene, constants: PhysicsConstants, *, seed: int = 0) -> np.ndarray:

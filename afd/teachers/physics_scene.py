@@ -42,6 +42,7 @@ _START_HEIGHT = {
 _MARGIN = 0.02
 _HELDOUT_SHARE = 0.25
 _SPLIT_SEED = 20260521
+_PROMPT_STREAM = 2**63 + 11  # no seed of a video
 _BALL = re.compile(
     r"an? (?P<size>small|large) (?P<colour>" + "|".join(COLOURS) + r") ball is "
     r"(?:(?P<dropped>dropped)|thrown (?:to the )?(?P<side>left|right)|tossed (?P<up>up))"
@@ -158,11 +159,23 @@ def heldout_prompts(n: int) -> list[str]:
     return _prompt_set(n, heldout=True)
 
 
-def draw_initial_state(balls: tuple[Ball, ...], seed: int, prompt: str) -> InitialState:
-    """Draw what the prompt leaves open; depends on (prompt, seed) alone, not on the world's constants."""
+def draw_initial_state(balls: tuple[Ball, ...], seed: int, prompt: str, *, spread: float = 1.0) -> InitialState:
+    """Draw what the prompt leaves open; depends on (prompt, seed) and the spread alone.
+
+    Args:
+        balls: what the prompt says.
+        seed, prompt: seed the draws.
+        spread: in [0, 1]: 1 draws from the whole bands; 0 takes the prompt's own draw, the same for all seeds, so that
+            single videos lose what is open but all prompts together do not.
+    """
     rng = np.random.Generator(np.random.PCG64([seed % 2**64, zlib.crc32(prompt.encode())]))
+    own = np.random.Generator(np.random.PCG64([_PROMPT_STREAM, zlib.crc32(prompt.encode())]))
     for _ in range(1000):
-        draws = [_draw_ball(ball, rng, crowded=len(balls) > 1) for ball in balls]
+        uniforms = rng.random((len(balls), 5))
+        if spread < 1:
+            middle = own.random((len(balls), 5))
+            uniforms = middle + spread * (uniforms - middle)
+        draws = [_draw_ball(ball, each, crowded=len(balls) > 1) for ball, each in zip(balls, uniforms, strict=True)]
         position = np.array([draw[0] for draw in draws])  # [num_balls, 2]
         radius = np.array([draw[2] for draw in draws])
         if len(balls) == 1 or np.hypot(*(position[0] - position[1])) > radius.sum() + _MARGIN:
@@ -171,11 +184,12 @@ def draw_initial_state(balls: tuple[Ball, ...], seed: int, prompt: str) -> Initi
 
 
 def _draw_ball(
-    ball: Ball, rng: np.random.Generator, *, crowded: bool
+    ball: Ball, uniforms: np.ndarray, *, crowded: bool
 ) -> tuple[tuple[float, float], tuple[float, float], float]:
-    """Position, velocity and radius of one ball; two thrown the same way need more room (`crowded`)."""
-    radius = rng.uniform(*RADII[ball.size])
-    u, v, w = rng.uniform(size=3)
+    """Position, velocity and radius of one ball from uniforms [5]; two thrown the same way need room (`crowded`)."""
+    thinnest, thickest = RADII[ball.size]
+    radius = thinnest + (thickest - thinnest) * uniforms[0]
+    u, v, w, fall = uniforms[1:]
     if ball.motion == "tossed up":
         low, high = TOSS_SPEEDS[ball.speed or "medium"]
         speed, lean = low + (high - low) * u, np.radians(12.0 * (2 * v - 1))
@@ -194,4 +208,4 @@ def _draw_ball(
     left, right = radius + _MARGIN, 1 - radius - _MARGIN
     if ball.motion.startswith("thrown"):
         left, right = (left, 0.35) if ball.motion == "thrown right" else (0.65, right)
-    return (float(left + (right - left) * w), float(rng.uniform(top, bottom))), velocity, float(radius)
+    return (float(left + (right - left) * w), float(top + (bottom - top) * fall)), velocity, float(radius)

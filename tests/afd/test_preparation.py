@@ -7,7 +7,7 @@ import torch
 
 from afd.config import RunConfig, TeacherSection
 from afd.config_file import load_config
-from afd.data.loader import build_loader
+from afd.data.loader import build_loader, read_all
 from afd.data.video import decode_video
 from afd.models.dct_codec import DCTCodec
 from afd.preparation import prepare_shards, shard_folders
@@ -64,3 +64,12 @@ def test_a_teacher_of_shards_cannot_be_queried(tmp_path: Path) -> None:
         ValueError, match=r"teacher\.kind must be folder, http or pipeline to read videos, got 'shards'"
     ):
         prepare_shards(config)
+
+
+def test_a_training_prompt_may_have_several_videos_of_the_built_in_world(tmp_path: Path) -> None:
+    prepare_shards(make_config(tmp_path, "teacher.num_prompts=2", "teacher.videos_per_prompt=2"))
+    samples = read_all(tmp_path / "out" / "data" / "train")
+    assert [sample.prompt for sample in samples] == [prompt for prompt in training_prompts(2) for _ in range(2)]
+    assert [sample.seed for sample in samples] == [0, 1, 2, 3]
+    assert not torch.equal(samples[0].latents, samples[1].latents)
+    assert len(read_all(tmp_path / "out" / "data" / "heldout")) == 2

@@ -110,3 +110,22 @@ def test_same_seed_and_prompt_same_start_other_seed_another() -> None:
 def test_constants_reject_nonsense(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         PhysicsConstants(**{field: value})
+
+
+PAIR = "a small red ball is dropped while a small blue ball is dropped"
+
+
+@pytest.mark.parametrize("prompt", ["a small red ball is dropped", PAIR])
+def test_spread_says_how_much_a_prompt_leaves_open(prompt: str) -> None:
+    def starts(spread: float) -> np.ndarray:
+        drawn = [draw_initial_state(parse_prompt(prompt), seed, prompt, spread=spread) for seed in range(60)]
+        return np.array([np.concatenate([each.position.ravel(), each.velocity.ravel()]) for each in drawn])
+
+    fixed, some, whole = (starts(spread).std(axis=0) for spread in (0.0, 0.3, 1.0))
+    assert (fixed < 1e-12).all()
+    moving = whole > 0
+    assert (some[moving] > 0).all()
+    assert some[moving].mean() < 0.6 * whole[moving].mean()
+    green = prompt.replace("red", "green")
+    other = draw_initial_state(parse_prompt(green), 0, green, spread=0).position.ravel()
+    assert not np.array_equal(other, starts(0.0)[0, : len(other)]), "prompts differ"
