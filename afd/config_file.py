@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: `true` and `false`. 1.1 also takes `off`, `no`, `on` and `yes`, which are words here (fields
+    that are true or false understand them all the same)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def _read_tree(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a file laid over those of its `base`."""
     if not path.is_file():
@@ -59,7 +72,7 @@ def _read_tree(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"base of {seen[-1]} must not lead back to {path}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -86,7 +99,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(path):
         raise ConfigError(f"override must read section.field=value, got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {key} must have a YAML value, got {text!r}") from error
     node = tree

@@ -67,6 +67,21 @@ def test_dump_reads_back_to_an_equal_configuration(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, dump_config(RunConfig()))) == RunConfig()
 
 
+@pytest.mark.parametrize("text", ["off", "'off'", '"off"'])
+def test_off_is_a_word_where_a_word_is_wanted(tmp_path: Path, text: str) -> None:
+    config = load_config(write(tmp_path, f"prepare:\n  dedupe_videos: {text}\n"))
+    assert config.prepare.dedupe_videos == "off"
+    assert load_config(write(tmp_path, ""), [f"prepare.dedupe_videos={text}"]).prepare.dedupe_videos == "off"
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("off", False), ("no", False), ("on", True), ("true", True), ("No", False)]
+)
+def test_what_is_true_or_false_may_be_said_in_many_ways(tmp_path: Path, text: str, value: bool) -> None:
+    assert load_config(write(tmp_path, f"data:\n  shuffle: {text}\n")).data.shuffle is value
+
+
 def test_the_shipped_configuration_is_valid() -> None:
     assert load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml").rollout.group_size > 1
 
