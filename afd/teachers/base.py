@@ -57,6 +57,30 @@ class VideoRequest:
     source_id: str
     short_prompt: str = ""
 
+    def video(
+        self,
+        *,
+        teacher: str,
+        version: str,
+        path: Path | None = None,
+        data: bytes | None = None,
+        fps: float | None = None,
+        licence: str = "",
+    ) -> SourceVideo:
+        """The finished video of this request; the arguments are the fields of `SourceVideo`."""
+        return SourceVideo(
+            prompt=self.prompt,
+            seed=self.seed,
+            source_id=self.source_id,
+            teacher=teacher,
+            version=version,
+            path=path,
+            data=data,
+            fps=fps,
+            licence=licence,
+            short_prompt=self.short_prompt,
+        )
+
 
 @dataclass(frozen=True)
 class SourceVideo:

@@ -84,20 +84,9 @@ class FolderSource:
             if given.count(identity):
                 yield SourceReject(f"{row.label} {relative}", "listed twice with the same caption")
             elif wanted(request):
-                yield self._video(request, row, found)
-
-    def _video(self, request: VideoRequest, row: Row, path: Path) -> SourceVideo:
-        return SourceVideo(
-            prompt=request.prompt,
-            seed=request.seed,
-            source_id=request.source_id,
-            teacher=self.teacher,
-            version=self.version,
-            path=path,
-            fps=(row.fps or self._fps) if path.is_dir() else None,
-            licence=row.licence or self._licence,
-            short_prompt=request.short_prompt,
-        )
+                fps = (row.fps or self._fps) if found.is_dir() else None
+                licence = row.licence or self._licence
+                yield request.video(teacher=self.teacher, version=self.version, path=found, fps=fps, licence=licence)
 
     def _rows(self) -> Iterator[Row | SourceReject]:
         if self._table is None:

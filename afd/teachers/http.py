@@ -172,16 +172,7 @@ class HttpSource:
             raise self._stop(service, f"{self.teacher}: {error}") from error
         except OSError as error:
             raise self._stop(service, f"{self._work_dir} cannot be written: {error.strerror}") from error
-        return SourceVideo(
-            prompt=request.prompt,
-            seed=request.seed,
-            source_id=request.source_id,
-            teacher=self.teacher,
-            version=self.version,
-            path=path,
-            licence=self._licence,
-            short_prompt=request.short_prompt,
-        )
+        return request.video(teacher=self.teacher, version=self.version, path=path, licence=self._licence)
 
     def _stop(self, service: Service, problem: str) -> StoppedError:
         """End the run for all threads."""

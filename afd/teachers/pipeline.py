@@ -103,7 +103,7 @@ class PipelineSource:
                     idle.put(worker)
                 if problem:
                     return SourceReject(request.source_id, f"{problem} ({request.prompt[:60]!r})", is_final=False)
-            return self._video(request, target)
+            return request.video(teacher=self.teacher, version=self.version, path=target, licence=self._licence)
 
         def stop() -> None:
             for worker in workers:
@@ -135,18 +135,6 @@ class PipelineSource:
         if problem:
             raise ValueError(f"{self.teacher}: {problem}")
         return FinishedVideo(prompt, seed, target.read_bytes(), request.source_id)
-
-    def _video(self, request: VideoRequest, path: Path) -> SourceVideo:
-        return SourceVideo(
-            prompt=request.prompt,
-            seed=request.seed,
-            source_id=request.source_id,
-            teacher=self.teacher,
-            version=self.version,
-            path=path,
-            licence=self._licence,
-            short_prompt=request.short_prompt,
-        )
 
 
 class _Worker:

@@ -109,6 +109,4 @@ class GeneratedSource:
             if not wanted(request):
                 continue
             finished = self._generator.generate(request.prompt, request.seed)
-            yield SourceVideo(
-                request.prompt, request.seed, request.source_id, self.teacher, self.version, data=finished.mp4
-            )
+            yield request.video(teacher=self.teacher, version=self.version, data=finished.mp4)
