@@ -168,7 +168,7 @@ def fetch(config: RunConfig, source: VideoSource) -> int:
     cache.mkdir(parents=True, exist_ok=True)
     settings = _settings(config)
     num_parts, known_ids = _read_parts(cache, settings)
-    known = {_key(sample) for folder, remote in shard_places(config) for sample in iterate(folder, remote=remote)}
+    known = {prompt_key(sample) for folder, remote in shard_places(config) for sample in iterate(folder, remote=remote)}
     is_heldout = _heldout_rule(config, source)
     room = None if live.max_videos is None else live.max_videos - len(known_ids)
 
@@ -211,10 +211,6 @@ def _heldout_rule(config: RunConfig, source: VideoSource) -> Callable[[VideoRequ
         return lambda request: False
     split_of = hash_split(config.prepare.heldout_fraction, take_census(source).lowest)
     return lambda request: split_of(request) == "heldout"
-
-
-def _key(sample: Sample) -> bytes:
-    return prompt_key(VideoRequest(sample.prompt, sample.seed, sample.source_id, sample.short_prompt))
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -42,9 +42,10 @@ def add_to(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from afd.evaluation.shard_report import write_summary
     from afd.preparation import prepare_shards, shard_folders
+    from afd.preparation.published import has_unsettled
 
     config = load_config(arguments.config, arguments.overrides)
-    written = prepare_shards(config, overwrite=arguments.overwrite)
+    written = prepare_shards(config, overwrite=arguments.overwrite, retry=True)
     train, heldout = shard_folders(config)
     folders: dict[str, Path] = {"train": train, "heldout": heldout}
     for split, folder in folders.items():
@@ -55,6 +56,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         print(f"{split}: {summary.num_samples} samples, {summary.num_bytes / 2**20:.1f} MiB, in {folder}")
         if summary.num_rejects:
             print(f"  {summary.num_rejects} rejected, each with its reason in {folder / 'rejects.jsonl'}")
+        if has_unsettled(folder):
+            print("  the teacher may still give some of them: the same command asks again and adds what comes")
     if written:
         page = write_summary(folders, folders["train"].parent / "summary.html")
         print(f"thumbnails and histograms: {page}")

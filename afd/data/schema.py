@@ -78,11 +78,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reject:
-    """A video that did not become a sample, why, and the file it was, where there is one."""
+    """A video that did not become a sample, why, and the file it was, where there is one; not final if the teacher may
+    give it the next time."""
 
     source_id: str
     reason: str
     file: str = ""
+    is_final: bool = True
 
 
 def to_row(sample: Sample) -> dict[str, Any]:

@@ -133,14 +133,31 @@ def encode_sample(sample: Sample) -> EncodedRow:
 
 
 def write_rejects(rejects: Iterable[Reject], path: Path) -> int:
-    """Write one JSON object a line: `source_id`, `file` where there is one, `reason`; returns their number."""
+    """Write one JSON object a line: `source_id`, `file` where there is one, `reason`, `"is_final": false` where the
+    teacher may give it the next time; returns their number."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for reject in rejects:
-            row = {"source_id": reject.source_id, "file": reject.file, "reason": reject.reason}
-            file.write(json.dumps({name: text for name, text in row.items() if text}, ensure_ascii=True) + "\n")
+            row: dict[str, Any] = {"source_id": reject.source_id, "file": reject.file, "reason": reject.reason}
+            row = {name: text for name, text in row.items() if text}
+            file.write(json.dumps(row if reject.is_final else {**row, "is_final": False}, ensure_ascii=True) + "\n")
             count += 1
     return count
+
+
+def read_rejects(path: Path) -> Iterator[Reject]:
+    """What `write_rejects` wrote, one line at a time.
+
+    Raises:
+        ValueError: a line is no such object.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                yield Reject(row["source_id"], row["reason"], row.get("file", ""), row.get("is_final", True))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}:{number} must be an object with source_id and reason: {error}") from error
 
 
 def write_shards(

@@ -4,6 +4,7 @@
     pool.py       decoding processes that may die; results in order. worker.py is such a process, decoding.py its work
     encoding.py   clips to rows: codec and text encoder, in batches
     journal.py    what is done, on the disk after every row: a killed preparation goes on where it was
+    published.py  shards in place, to which a later pass adds what the teacher did not give for now
     pipeline.py   all of it, as one loop
 
 Importing the package imports no torch: each decoding process does.
@@ -31,9 +32,14 @@ def shard_places(config: RunConfig) -> tuple[tuple[Path, str | None], tuple[Path
     return (train, config.data.train_remote), (heldout, config.data.heldout_remote)
 
 
-def prepare_shards(config: RunConfig, *, overwrite: bool = False) -> dict[str, ShardSummary]:
+def prepare_shards(config: RunConfig, *, overwrite: bool = False, retry: bool = False) -> dict[str, ShardSummary]:
     """Read the teacher's videos and write both splits' shards; folders that already match are kept.
 
+    Args:
+        config: the run's.
+        overwrite: replace shards that were made with other settings.
+        retry: ask again for what the teacher did not give for now (rejects that are not final), and append it to the
+            shards. Without it shards that are there stay as they are: a run that resumes finds what it began with.
     Returns:
         The summaries of what was written, by split; empty when everything was there.
     Raises:
@@ -43,4 +49,4 @@ def prepare_shards(config: RunConfig, *, overwrite: bool = False) -> dict[str, S
     """
     from afd.preparation.pipeline import prepare
 
-    return prepare(config, overwrite=overwrite)
+    return prepare(config, overwrite=overwrite, retry=retry)

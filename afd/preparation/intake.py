@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from afd.data.schema import Reject
+from afd.data.schema import Reject, Sample
 from afd.seen import Seen
 from afd.teachers.base import SourceReject, SourceVideo, VideoRequest, VideoSource
 
@@ -19,7 +19,7 @@ SPLITS = ("train", "heldout")
 SplitRule = Callable[[VideoRequest], str]
 
 
-def prompt_key(request: VideoRequest | SourceVideo) -> bytes:
+def prompt_key(request: VideoRequest | SourceVideo | Sample) -> bytes:
     """What makes two prompts the same: their words, whatever the case and the blanks; of an extended prompt, the
     original's.
     """
@@ -86,6 +86,12 @@ class Item:
         """The video, if it is one."""
         return self.given if isinstance(self.given, SourceVideo) else None
 
+    def reject(self, reason: str = "") -> Reject:
+        """The reject of this item: for a reason of ours, which is final, or for the source's."""
+        if isinstance(self.given, SourceReject) and not reason:
+            return Reject(self.given.source_id, self.given.reason, self.file, self.given.is_final)
+        return Reject(self.given.source_id, reason, self.file)
+
     @property
     def file(self) -> str:
         """Where the video lies, if it is a file."""
@@ -101,12 +107,20 @@ class Intake:
         split_of: names each request's split.
         start: number of the first request that is not done.
         videos_per_prompt: requests taken per prompt; None takes all.
+        is_settled: tells by source_id what an earlier pass has settled; such a request is counted and not made.
     """
 
     def __init__(
-        self, source: VideoSource, split_of: SplitRule, *, start: int, videos_per_prompt: int | None = None
+        self,
+        source: VideoSource,
+        split_of: SplitRule,
+        *,
+        start: int,
+        videos_per_prompt: int | None = None,
+        is_settled: Callable[[str], bool] = lambda source_id: False,
     ) -> None:
         self._source, self._split_of, self._start, self._limit = source, split_of, start, videos_per_prompt
+        self._is_settled = is_settled
         self._lock = threading.Lock()
         self._asked: dict[str, tuple[int, str]] = {}  # in flight: source_id -> number, split
         self._refused: dict[int, Reject] = {}
@@ -114,7 +128,7 @@ class Intake:
         self._prompts = Seen()
 
     def items(self) -> Iterator[Item]:
-        """Everything the source yields for requests from `start` on, and all rejects without a request.
+        """Everything the source yields for requests from `start` on, and all unsettled rejects without a request.
 
         Raises:
             ValueError: the source yields a video it never asked about, or asks twice for one source_id.
@@ -124,7 +138,8 @@ class Intake:
                 number, split = self._asked.pop(given.source_id, (None, ""))
             if number is None and isinstance(given, SourceVideo):
                 raise ValueError(f"source {self._source.teacher} gave {given.source_id!r}, which was not asked for")
-            yield Item(number, split, given)
+            if number is not None or not self._is_settled(given.source_id):
+                yield Item(number, split, given)
 
     def refused_below(self, number: int) -> list[tuple[int, Reject]]:
         """Take the duplicates among the requests before `number`, in order."""
@@ -141,7 +156,7 @@ class Intake:
         over = self._limit is not None and self._prompts.count(prompt_key(request)) >= self._limit
         with self._lock:
             number, self._next = self._next, self._next + 1
-            if number < self._start:
+            if number < self._start or self._is_settled(request.source_id):
                 return False
             if over:
                 reason = f"the prompt already has {self._limit} (prepare.videos_per_prompt)"

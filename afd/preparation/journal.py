@@ -209,6 +209,7 @@ class Journal:
     def add_reject(self, number: int | None, reject: Reject, key: bytes | None = None) -> None:
         """Note a reject; `key` where its video counts as seen all the same."""
         event = {"n": number, "reject": reject.source_id, "reason": reject.reason, "file": reject.file}
+        event |= {} if reject.is_final else {"is_final": False}
         self._append({**event, "key": key.hex()} if key else event)
 
     def add_end(self) -> None:
@@ -218,7 +219,9 @@ class Journal:
     def rejects(self) -> Iterator[Reject]:
         """Every reject so far, in order."""
         events = (event for _, event in self._read_events() if "reject" in event)
-        return (Reject(event["reject"], event["reason"], event["file"]) for event in events)
+        return (
+            Reject(event["reject"], event["reason"], event["file"], event.get("is_final", True)) for event in events
+        )
 
     def discard(self) -> None:
         """Delete the folder: its work is published."""

@@ -2,7 +2,8 @@
 
 Requests are taken in blocks of `prepare.batch_size` by their number. A block is decoded in parallel, encoded as one
 batch, and noted row by row. A preparation that was killed encodes its unfinished block again as the same batch and
-skips the rows it has, so that its shards come out byte for byte as without the interruption.
+skips the rows it has, so that its shards come out byte for byte as without the interruption. A later pass over the
+source asks again for what it did not give for now (published.py), and appends; it survives kills in the same way.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from afd.data.writer import (
     shards_match,
     write_rejects,
 )
+from afd.models.encoders import release_memory
 from afd.preparation import shard_folders
 from afd.preparation.decoding import Clip
 from afd.preparation.encoding import ClipEncoder
@@ -47,6 +49,7 @@ from afd.preparation.intake import (
 )
 from afd.preparation.journal import Journal, Progress
 from afd.preparation.pool import DecoderPool
+from afd.preparation.published import Published, has_unsettled
 from afd.seen import Seen
 from afd.teachers.base import SourceVideo, VideoRequest, VideoSource
 from afd.teachers.physics import PhysicsTeacher, heldout_prompts, training_prompts
@@ -55,7 +58,7 @@ from afd.teachers.sources import GeneratedSource, open_source
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: RunConfig, *, overwrite: bool = False) -> dict[str, ShardSummary]:
+def prepare(config: RunConfig, *, overwrite: bool = False, retry: bool = False) -> dict[str, ShardSummary]:
     """See `afd.preparation.prepare_shards`."""
     source, split_of = open_split_source(config)
     census = take_census(source)
@@ -65,7 +68,14 @@ def prepare(config: RunConfig, *, overwrite: bool = False) -> dict[str, ShardSum
     todo = [split for split in SPLITS if not plan.is_published(split)]
     if not todo:
         plan.tidy_up()
-        return {}
+        if not has_unsettled(plan.outs["train"]):
+            return {}
+        if not retry:
+            logger.warning("the teacher may still give some of the rejected videos: `afd prepare` asks again")
+            return {}
+        plan = replace(plan, base=Published(plan.outs))
+        plan.discard_foreign_work()
+        return _Preparation(plan, list(SPLITS)).run()
     if overwrite:
         plan.discard_foreign_work()
     for split in todo:
@@ -122,22 +132,23 @@ class _Plan:
     census: Census
     settings: dict[str, dict[str, object]]
     outs: dict[str, Path]
+    base: Published = field(default_factory=Published)
 
     def is_published(self, split: str) -> bool:
         return shards_match(self.outs[split], settings_fingerprint(self.settings[split]))
 
     def staging(self, split: str) -> Path:
         out = Path(os.path.abspath(self.outs[split]))
-        return out.with_name(f".{out.name}.partial")
+        return out.with_name(f".{out.name}.{'more' if self.base.digest else 'partial'}")
 
     @property
     def work_folder(self) -> Path:
         out = Path(os.path.abspath(self.outs["train"]))
-        return out.with_name(f".{out.name}.work")
+        return out.with_name(f".{out.name}.{'more.work' if self.base.digest else 'work'}")
 
     @property
     def fingerprint(self) -> str:
-        return settings_fingerprint(self.settings)
+        return settings_fingerprint({**self.settings, "base": self.base.digest} if self.base.digest else self.settings)
 
     def open_journal(self) -> Journal:
         return Journal(self.work_folder, self.fingerprint, SPLITS)
@@ -169,6 +180,7 @@ class _Preparation:
 
     def __init__(self, plan: _Plan, todo: list[str]) -> None:
         self._plan, self._todo = plan, todo
+        self._encoder: ClipEncoder | None = None
         self._journal = plan.open_journal()
         progress, keys = self._journal.replay()
         if not self._has_shards(progress):
@@ -178,10 +190,11 @@ class _Preparation:
             self._journal = plan.open_journal()
             progress, keys = self._journal.replay()
         self._videos = Seen()
+        plan.base.note_samples(self._note_video)
         for key, source_id in keys:
             self._videos.first(key, source_id)
         self._done, self._is_complete = progress.last_number, progress.is_complete
-        self._num_free, self._num_rejects = progress.num_free, progress.num_rejects
+        self._num_free, self._num_rejects = progress.num_free, plan.base.num_rejects + progress.num_rejects
         self._folders = {split: self._open_folder(split, progress) for split in SPLITS}
 
     def run(self) -> dict[str, ShardSummary]:
@@ -189,7 +202,11 @@ class _Preparation:
         size = prepare.batch_size
         start = (self._done + 1) // size * size
         intake = Intake(
-            self._plan.source, self._plan.split_of, start=start, videos_per_prompt=prepare.videos_per_prompt
+            self._plan.source,
+            self._plan.split_of,
+            start=start,
+            videos_per_prompt=prepare.videos_per_prompt,
+            is_settled=self._plan.base.is_settled,
         )
         bar = tqdm(total=total, initial=start, desc="teacher videos", unit="video", disable=None)
         try:
@@ -203,13 +220,17 @@ class _Preparation:
         finally:
             bar.close()
             self._videos.close()
+            self._plan.base.close()
             self._journal.close()
+            self._encoder = None
+            release_memory()
 
     def _has_shards(self, progress: Progress) -> bool:
         """Whether every closed shard the journal knows is where it was put; published splits need none."""
         for split in self._todo:
             folder = self._plan.staging(split)
-            for entry in progress.splits[split].entries:
+            entries = progress.splits[split].entries
+            for entry in self._plan.base.split(split).entries + entries if entries else []:
                 path = folder / entry["zip_data"]["basename"]
                 if not path.is_file() or path.stat().st_size != entry["zip_data"]["bytes"]:
                     return False
@@ -219,13 +240,17 @@ class _Preparation:
         """The split's folder with what it holds already; None when it is published."""
         if split not in self._todo:
             return None
-        folder, state = self._plan.staging(split), progress.splits[split]
+        folder, state, base = self._plan.staging(split), progress.splits[split], self._plan.base.split(split)
         if not state.entries:
             shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        shard_bytes = int(self._plan.config.prepare.shard_mib * 2**20)
+            folder.mkdir(parents=True)
+            self._plan.base.link(split, folder)
         shards = ShardFolder(
-            folder, shard_bytes=shard_bytes, entries=state.entries, common=state.common, teachers=state.teachers
+            folder,
+            shard_bytes=int(self._plan.config.prepare.shard_mib * 2**20),
+            entries=base.entries + state.entries,
+            common=base.common or state.common,
+            teachers=base.teachers | state.teachers,
         )
         for row in state.rows:
             shards.add(row)
@@ -233,18 +258,18 @@ class _Preparation:
 
     def _blocks(self, intake: Intake, size: int) -> Iterator[tuple[int, list[tuple[Item, Any]]]]:
         """Blocks of (item, Clip or reason or None), each with the number its requests lie below."""
-        encoder, prepare = ClipEncoder(self._plan.config), self._plan.config.prepare
-        self._encoder = encoder
+        prepare = self._plan.config.prepare
+        self._encoder = ClipEncoder(self._plan.config)
         default = 0 if self._plan.config.teacher.kind == "physics" else max(1, (os.cpu_count() or 2) - 1)
         workers = default if prepare.workers is None else prepare.workers
-        pool = DecoderPool(encoder.clip_format, num_workers=workers, timeout_s=prepare.video_timeout_s)
+        pool = DecoderPool(self._encoder.clip_format, num_workers=workers, timeout_s=prepare.video_timeout_s)
         num_free = 0
         block: list[tuple[Item, Any]] = []
         for item, result in pool.map(intake.items(), lambda item: item.video):
             if item.number is None:
                 num_free += 1
                 if num_free > self._num_free:
-                    self._reject(None, Reject(item.given.source_id, getattr(item.given, "reason", "")))
+                    self._reject(None, item.reject())
                 continue
             if block and item.number // size != (block[0][0].number or 0) // size:
                 yield item.number // size * size, block
@@ -259,17 +284,17 @@ class _Preparation:
         waiting: list[tuple[int, str, bytes | None]] = []
         for item, result in results:
             video, number, key = item.video, item.number or 0, None
-            problem = result if isinstance(result, str) else getattr(item.given, "reason", "")
+            problem = result if isinstance(result, str) else ""
             if video is not None and isinstance(result, Clip):
-                key = self._video_key(video, result)
+                key = self._video_key(video, result.sha256)
                 first = self._videos.first(key, video.source_id) if key else video.source_id
                 if first == video.source_id:
                     batch.append((video, result))
                     waiting.append((number, item.split, key))
                     continue
                 problem = f"the same video as {first}"
-            events.append(_Event(number, Reject(item.given.source_id, problem, item.file)))
-        encoded = self._encoder.encode(batch) if batch else []
+            events.append(_Event(number, item.reject(problem)))
+        encoded = self._encoder.encode(batch) if batch and self._encoder is not None else []
         events += [
             _Event(number, made, split, key) for (number, split, key), made in zip(waiting, encoded, strict=True)
         ]
@@ -277,10 +302,15 @@ class _Preparation:
             if event.number > self._done:
                 self._note(event)
 
-    def _video_key(self, video: SourceVideo, clip: Clip) -> bytes | None:
+    def _video_key(self, video: SourceVideo | Sample, sha256: str) -> bytes | None:
         """What must not come twice, by `prepare.dedupe_videos`."""
-        policy, digest = self._plan.config.prepare.dedupe_videos, bytes.fromhex(clip.sha256)
+        policy, digest = self._plan.config.prepare.dedupe_videos, bytes.fromhex(sha256)
         return {"any": digest, "prompt": digest + prompt_key(video), "off": None}[policy]
+
+    def _note_video(self, sample: Sample) -> None:
+        key = self._video_key(sample, sample.sha256)
+        if key:
+            self._videos.first(key, sample.source_id)
 
     def _note(self, event: _Event) -> None:
         """Write a sample to its folder and the journal, or a reject to the journal."""
@@ -302,23 +332,28 @@ class _Preparation:
 
     def _publish(self) -> dict[str, ShardSummary]:
         """Finish both folders, put them in place, and drop the work folder."""
-        rejects = list(itertools.islice(self._journal.rejects(), NUM_LOGGED + 1))
-        for split, folder in self._folders.items():
-            if folder is not None:
-                require_samples(folder, self._plan.outs[split], rejects)
-        log_rejects(rejects, self._num_rejects)
+        plan, rejects = self._plan, list(itertools.islice(self._journal.rejects(), NUM_LOGGED + 1))
+        folders = {split: folder for split, folder in self._folders.items() if folder is not None}
+        if not all(folder.num_samples for folder in folders.values()):
+            plan.discard_work()  # the next call asks again
+        for split, folder in folders.items():
+            require_samples(folder, plan.outs[split], rejects)
+        log_rejects(rejects, self._num_rejects - plan.base.num_rejects)
         summaries: dict[str, ShardSummary] = {}
         for split in reversed(SPLITS):  # the training folder, which holds the rejects, comes last
-            folder, out = self._folders[split], Path(os.path.abspath(self._plan.outs[split]))
-            if folder is None:
+            if split not in folders:
                 continue
-            count = 0
+            folder, count = folders[split], 0
             if split == "train":
-                count = write_rejects(self._journal.rejects(), folder.folder / REJECTS_FILE)
-            summary = folder.finish(self._plan.settings[split], num_rejects=count)
+                every = itertools.chain(plan.base.rejects(), self._journal.rejects())
+                count = write_rejects(every, folder.folder / REJECTS_FILE)
+            elif folder.num_samples == plan.base.split(split).num_samples:
+                continue  # nothing came for it
+            summary = folder.finish(plan.settings[split], num_rejects=count)
+            out = Path(os.path.abspath(plan.outs[split]))
             publish(folder.folder, out)
             summaries[split] = replace(summary, path=out, rejects=tuple(rejects) if count else ())
-        self._journal.discard()
+        plan.discard_work()
         return {split: summaries[split] for split in SPLITS if split in summaries}
 
 
