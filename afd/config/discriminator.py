@@ -41,7 +41,11 @@ class DiscriminatorSection(Section):
     kind: Literal["latent"] = "latent"
     """What scores clips: `latent`, a transformer on latents trained from scratch."""
     shape: DiscriminatorShape = DiscriminatorShape()
-    """Dimensions."""
+    """Dimensions of `kind: latent`."""
+    clip_frames: Positive | None = None
+    """Latent frames of a window: a long video's score is the mean over num_clips of them. None scores it whole."""
+    num_clips: Positive = 1
+    """Windows per video: anywhere, drawn anew for each pair, when D trains; evenly spaced when it scores."""
     ds_config: Path = Path("configs/zero2_discriminator.json")
     """DeepSpeed JSON of its engine."""
     warmup_steps: NonNegative = 60

@@ -147,9 +147,9 @@ def _rollout(work: Workload) -> dict[str, int]:
 
 def _discriminator(work: Workload) -> dict[str, int]:
     engine, count = work.discriminator, work.discriminator_parameters.total
-    clips = work.clips_per_pair * engine.micro
+    clips = work.clips_per_pair * engine.micro * work.windows[0]
     saved = discriminator_saved_bytes(
-        work.discriminator_shape, work.latents, batch=clips, text_len=work.shape.text_len, width=engine.width,
+        work.discriminator_shape, work.window_latents, batch=clips, text_len=work.shape.text_len, width=engine.width,
         kernels=work.kernels,
     )  # fmt: skip
     pairs = work.rollouts_per_gpu * _clip_elements(work) * 4

@@ -98,10 +98,28 @@ def _check_chunks(config: RunConfig, shape: StudentShape, latents: tuple[int, in
         whole_chunk_spans(frames, shape.chunk_frames, shape.first_chunk_frames)
     except ValueError as error:
         raise ConfigError(f"video.{error}") from error
-    patch = config.discriminator.shape.patch_size
-    if any(size % each for size, each in zip(latents[1:], patch, strict=True)):
+    _check_windows(config, frames)
+    patch, scored = config.discriminator.shape.patch_size, [config.discriminator.clip_frames or frames, height, width]
+    if any(size % each for size, each in zip(scored, patch, strict=True)):
+        what = "latents" if config.discriminator.clip_frames is None else "windows of discriminator.clip_frames"
+        raise ConfigError(f"discriminator.shape.patch_size must divide the {what} {scored}, got {list(patch)}")
+
+
+def _check_windows(config: RunConfig, frames: int) -> None:
+    """Windows lie within the video, each in a place of its own."""
+    length, count = config.discriminator.clip_frames, config.discriminator.num_clips
+    if length is None:
+        if count > 1:
+            raise ConfigError(f"discriminator.num_clips must be 1 without discriminator.clip_frames, got {count}")
+        return
+    if length > frames:
         raise ConfigError(
-            f"discriminator.shape.patch_size must divide the latents {list(latents[1:])}, got {list(patch)}"
+            f"discriminator.clip_frames must be at most {frames}, the video's latent frames, got {length}"
+        )
+    if count > frames - length + 1:
+        raise ConfigError(
+            f"discriminator.num_clips must be at most {frames - length + 1}, the places of {length} frames in a video "
+            f"of {frames}, got {count}"
         )
 
 

@@ -141,10 +141,10 @@ def _elementwise(work: Workload, tokens: int, tensors: int) -> float:
 
 def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
     engine, shape = work.discriminator, work.discriminator_shape
-    clips, text_len = engine.micro, work.shape.text_len
-    train = discriminator_pass(shape, work.latents, batch=work.clips_per_pair * clips, text_len=text_len)
-    judge = discriminator_pass(shape, work.latents, batch=clips, text_len=text_len)
-    tokens = clips * math.prod(work.latents[1:]) // math.prod(shape.patch_size)
+    clips, text_len, latents = engine.micro * work.windows[0], work.shape.text_len, work.window_latents
+    train = discriminator_pass(shape, latents, batch=work.clips_per_pair * clips, text_len=text_len)
+    judge = discriminator_pass(shape, latents, batch=clips, text_len=text_len)
+    tokens = clips * math.prod(latents[1:]) // math.prod(shape.patch_size)
     forward = tokens * shape.dim * engine.width * shape.num_layers * _ELEMENTWISE_FORWARD
     steps = work.discriminator_steps
     moved = engine.accumulation * forward * (1 + 3 * work.clips_per_pair * steps)

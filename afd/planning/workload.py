@@ -85,6 +85,7 @@ class Workload:
         gathers_once: `nft.velocities = one_gather`.
         updates_per_rollout, discriminator_steps: optimizer steps of either model per step.
         clips_per_pair: clips D sees per pair: teacher's and student's, a third with the smoothness penalty.
+        windows: what D scores of a clip: (windows, latent frames of each).
         copies_keys: see `PassShape`.
         kernels: `fused` on CUDA, `eager` on CPU.
         student, discriminator: engines.
@@ -107,6 +108,7 @@ class Workload:
     updates_per_rollout: int
     discriminator_steps: int
     clips_per_pair: int
+    windows: tuple[int, int]
     copies_keys: bool
     kernels: Kernels
     student: EngineSettings
@@ -133,6 +135,12 @@ class Workload:
     def discriminator_parameters(self) -> ParameterCount:
         """The discriminator's."""
         return count_discriminator(self.discriminator_shape)
+
+    @property
+    def window_latents(self) -> tuple[int, int, int, int]:
+        """(C, K, H, W) of what D scores at once."""
+        channels, _, height, width = self.latents
+        return channels, self.windows[1], height, width
 
     @property
     def rollouts_per_gpu(self) -> int:
@@ -187,6 +195,7 @@ def build_workload(
         updates_per_rollout=config.nft.updates_per_rollout,
         discriminator_steps=config.discriminator.steps_per_student_step,
         clips_per_pair=3 if config.discriminator.r1_weight > 0 else 2,
+        windows=(config.discriminator.num_clips, config.discriminator.clip_frames or latents[1]),
         copies_keys=impl.partition(":")[0] in ("chunks", "varlen"),
         kernels=kernels,
         student=engines[0],

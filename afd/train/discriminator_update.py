@@ -11,7 +11,8 @@ from torch import Tensor
 from afd.config import DiscriminatorSection
 from afd.diffusion.losses import bradley_terry_loss, gan_discriminator_loss
 from afd.distributed import all_reduce_mean
-from afd.train.engines import Engine
+from afd.models.clip_windows import draw_windows
+from afd.train.engines import Engine, bare_module
 from afd.types import Rollout, VideoBatch
 
 
@@ -23,28 +24,37 @@ class _Pairs:
         real, fake: [N, ...] clips as the discriminator's view shows them, input noise added.
         nearby: teacher clips a little off, for the smoothness penalty; None without it.
         prompt: [N, ...] conditions.
+        windows: of a discriminator that scores windows, their first frames [N, num_clips]; all clips of a row share
+            them. Else empty.
     """
 
     real: Tensor
     fake: Tensor
     nearby: Tensor | None
     prompt: Tensor
+    windows: tuple[Tensor, ...] = ()
 
     def micro_batches(self, size: int) -> Iterator[_Pairs]:
         """Consecutive rows, `size` at a time."""
         for start in range(0, len(self.real), size):
             rows = slice(start, start + size)
             nearby = None if self.nearby is None else self.nearby[rows]
-            yield _Pairs(self.real[rows], self.fake[rows], nearby, self.prompt[rows])
+            windows = tuple(each[rows] for each in self.windows)
+            yield _Pairs(self.real[rows], self.fake[rows], nearby, self.prompt[rows], windows)
 
     def scores(self, engine: Engine) -> list[Tensor]:
         """Scores [N] of real, fake and, with the penalty, nearby, in one forward."""
         clips = [self.real, self.fake, *(() if self.nearby is None else (self.nearby,))]
-        return list(engine(torch.cat(clips), torch.cat([self.prompt] * len(clips))).chunk(len(clips)))
+        beside = [torch.cat([each] * len(clips)) for each in (self.prompt, *self.windows)]
+        return list(engine(torch.cat(clips), *beside).chunk(len(clips)))
 
 
 def _make_pairs(
-    teacher: VideoBatch, rollout: Rollout, section: DiscriminatorSection, generators: list[torch.Generator]
+    engine: Engine,
+    teacher: VideoBatch,
+    rollout: Rollout,
+    section: DiscriminatorSection,
+    generators: list[torch.Generator],
 ) -> _Pairs:
     group_size = rollout.latents.shape[0] // teacher.latents.shape[0]
     real, fake = teacher.latents.repeat_interleave(group_size, dim=0), rollout.latents
@@ -55,7 +65,8 @@ def _make_pairs(
     if section.r1_weight > 0:
         shift = torch.stack([torch.randn(fake.shape[1:], generator=g) for g in generators]).to(fake)
         nearby = real + section.r1_sigma * shift
-    return _Pairs(real, fake, nearby, rollout.prompt_embeds)
+    windows = draw_windows(bare_module(engine), fake, generators)
+    return _Pairs(real, fake, nearby, rollout.prompt_embeds, windows)
 
 
 def update_discriminator(
@@ -72,14 +83,14 @@ def update_discriminator(
         teacher: B prompts with their teacher videos, as the discriminator's view shows them.
         rollout: N = B G rollouts, the same, the G of a prompt in consecutive rows.
         section: temperature, label smoothing, input noise, smoothness penalty, hold_above.
-        generators: one per row, for the noises.
+        generators: one per row, for the noises and windows.
     Returns:
         `discriminator/loss` (without the penalty), `/accuracy` (share of pairs ranked right, ties one half),
         `/margin` (mean teacher score minus student score), `/calibration` (mean predicted probability
         sigmoid(margin / temperature) minus accuracy; > 0 is overconfident), `/penalty` and `/held` (1 where no update
         was made): scalars averaged over all ranks.
     """
-    pairs = _make_pairs(teacher, rollout, section, generators)
+    pairs = _make_pairs(engine, teacher, rollout, section, generators)
     micro = engine.train_micro_batch_size_per_gpu()
     is_held = _is_held(engine, pairs, section)
     totals = torch.zeros(5, device=pairs.fake.device)

@@ -7,6 +7,7 @@ from torch import nn
 
 from afd.config import RunConfig
 from afd.distributed import World
+from afd.models.clip_windows import ClipWindows
 from afd.models.discriminator import LatentDiscriminator
 from afd.train.preflight import RunPlan
 
@@ -24,6 +25,10 @@ def build_discriminator(config: RunConfig, plan: RunPlan, world: World) -> nn.Mo
         plan: the run's, resolved.
         world: this process's place.
     """
+    section = config.discriminator
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + _SEED_OFFSET)
-        return LatentDiscriminator(config.discriminator.shape).to(world.device)
+        discriminator: nn.Module = LatentDiscriminator(section.shape)
+    if section.clip_frames is not None:
+        discriminator = ClipWindows(discriminator, clip_frames=section.clip_frames, num_clips=section.num_clips)
+    return discriminator.to(world.device)

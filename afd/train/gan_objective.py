@@ -13,9 +13,10 @@ from afd.config import DiscriminatorSection, RunConfig, StudentShape
 from afd.diffusion.flow_matching import add_noise, x0_from_velocity
 from afd.diffusion.losses import bradley_terry_loss, non_saturating_loss
 from afd.distributed import World, seeded_generator
+from afd.models.clip_windows import draw_windows
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
 from afd.train.discriminator_update import update_discriminator
-from afd.train.engines import gathered
+from afd.train.engines import bare_module, gathered
 from afd.train.objectives import DISCRIMINATOR, EXIT, REPLAY, Roles, StepTimer, roll_out, sample_generators
 from afd.train.student_step import step_student
 from afd.types import VideoBatch
@@ -132,21 +133,24 @@ def gan_step(
     real = teacher.latents.repeat_interleave(group_size, dim=0)
     generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, -1)
     blur = torch.stack([torch.randn((2, *real.shape[1:]), generator=g) for g in generators]).to(real)
+    windows = draw_windows(bare_module(roles.discriminator), real, generators)
 
     with timer.phase("update"), gathered(roles.discriminator) as module, frozen(module) as discriminator:
 
-        def adversarial(clip: Tensor, prompt: Tensor, eps: Tensor, teacher_clip: Tensor, shift: Tensor):
+        def adversarial(
+            clip: Tensor, prompt: Tensor, eps: Tensor, teacher_clip: Tensor, shift: Tensor, *windows: Tensor
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             x0 = last_step_in_parallel(engine, clip, prompt, eps, times, engine.module.shape)
             seen = x0.detach().requires_grad_()
             shift = section.input_noise * shift
-            teacher_scores = discriminator(teacher_clip + shift[:, 0], prompt)
-            student_scores = discriminator(seen + shift[:, 1], prompt)
+            teacher_scores = discriminator(teacher_clip + shift[:, 0], prompt, *windows)
+            student_scores = discriminator(seen + shift[:, 1], prompt, *windows)
             loss = generator_loss(teacher_scores, student_scores, section)
             (slope,) = torch.autograd.grad(loss, seen)
             surrogate = (x0 * slope).sum()  # its gradient in the student's weights is the loss's
             return surrogate - surrogate.detach() + loss.detach(), {"rollout/score_mean": student_scores.mean()}
 
-        inputs = (x_s.latents, x_s.prompt_embeds, noise, real, blur)
+        inputs = (x_s.latents, x_s.prompt_embeds, noise, real, blur, *windows)
         metrics |= step_student(engine, inputs, adversarial)
     roles.old.update(engine.global_steps)
     roles.ema.update(engine.global_steps)

@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[3]
 BATCH, GROUP, SGD_LR = 8, 2, 0.1
 STEPS = {"afd": afd_step, "sft": sft_step, "gan": gan_step, "dmd": dmd_step}
 SHAPE = (12, 6, 4, 4)  # C, F, H, W: two chunks
+WINDOWS = ("discriminator.clip_frames=3", "discriminator.num_clips=2")
 
 parser = argparse.ArgumentParser()
 parser.add_argument("result", type=Path)
@@ -287,11 +288,12 @@ result: dict[str, Any] = {
         "discriminator.r1_weight=0.1",
         "discriminator.input_noise=0.3",
         "discriminator.hold_above=0.99",
+        *WINDOWS,
     ),
     "terminal": train("nft.time_sampling=terminal"),
     "sft": train("objective=sft"),
     "gan": train("objective=gan"),
-    "gan, non-saturating": train("objective=gan", "discriminator.loss=gan", stages=(3, 3)),
+    "gan, non-saturating": train("objective=gan", "discriminator.loss=gan", *WINDOWS, stages=(3, 3)),
     "dmd": train(
         "objective=dmd",
         "dmd.critic_steps=2",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from afd.config import DiscriminatorSection
 from afd.distributed import seeded_generator
+from afd.models.clip_windows import ClipWindows
 from afd.train.discriminator_update import update_discriminator
 from afd.train.replay import RolloutReplay
 from afd.types import Rollout, VideoBatch
@@ -86,6 +87,32 @@ def test_calibration_is_confidence_minus_accuracy() -> None:
     metrics = update(engine, DiscriminatorSection(temperature=2.0))
     expected = torch.sigmoid(margin / 2).mean() - (margin > 0).double().mean()
     assert metrics["calibration"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+class WindowEngine(LinearEngine):
+    """The same D on windows of two frames."""
+
+    def __init__(self, micro: int) -> None:
+        super().__init__(micro)
+        self.module = ClipWindows(nn.Identity(), clip_frames=2, num_clips=2)
+        self.module.scorer.forward = lambda clips, prompt: clips.flatten(1).double() @ self.a[:16]
+        self.zero_optimization_stage = lambda: 0
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.seen = inputs[2]
+        return self.module(*inputs)
+
+
+def test_clips_of_a_pair_share_windows_whatever_the_micro_batch() -> None:
+    metrics = []
+    for micro in (4, 2):
+        engine = WindowEngine(micro)
+        metrics.append(update(engine, DiscriminatorSection(r1_weight=0.1)))
+        assert engine.seen.shape == (3 * micro, 2), "real, fake and nearby, two windows each"
+        real, fake, nearby = engine.seen.chunk(3)
+        assert torch.equal(real, fake)
+        assert torch.equal(real, nearby)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6), "float32 sums"
 
 
 def test_replay_pairs_earlier_rollouts_with_their_own_teacher_clips() -> None:

@@ -135,6 +135,26 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
             {},
             "discriminator.shape.patch_size must divide the latents [12, 4, 4], got [3, 1, 3]",
         ),
+        (
+            ["discriminator.clip_frames=4"],
+            {},
+            "discriminator.shape.patch_size must divide the windows of discriminator.clip_frames [4, 4, 4]",
+        ),
+        (
+            ["discriminator.clip_frames=15"],
+            {},
+            "discriminator.clip_frames must be at most 12, the video's latent frames, got 15",
+        ),
+        (
+            ["discriminator.clip_frames=9", "discriminator.num_clips=5"],
+            {},
+            "discriminator.num_clips must be at most 4, the places of 9 frames in a video of 12, got 5",
+        ),
+        (
+            ["discriminator.num_clips=2"],
+            {},
+            "discriminator.num_clips must be 1 without discriminator.clip_frames, got 2",
+        ),
         ([], {"shape": {"text_dim": 24}}, "student text_dim must be 32, the width of the text encoder text_encoder"),
         (
             ["discriminator.shape.text_dim=24"],
