@@ -8,15 +8,11 @@ from typing import Any
 import pytest
 
 from afd.cli import main
-from afd.config import StudentShape
 from afd.config_file import ConfigError, load_config
-from afd.models.student import CausalStudent
-from afd.models.weights import save_student
 from afd.planning import tables
 from afd.planning.hardware import GPUS, INTERCONNECTS
 from afd.planning.memory import Memory
-from afd.planning.plan import Machine, make_plan, planned_shape, refuse_what_does_not_fit, remedies
-from afd.train import preflight
+from afd.planning.plan import Machine, make_plan, planned_shape, remedies
 from afd.train.ds_config import load_ds_config
 
 ROOT = Path(__file__).parents[3]
@@ -124,28 +120,6 @@ def test_what_does_not_divide_or_fit_is_refused(
 def test_heads_and_hpz_that_do_not_divide_are_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         plan_of(WAN, changes=changes)
-
-
-def test_plan_and_start_up_say_the_same_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quick start's configuration with a wrong chunk, a wrong batch, and a machine that is too small."""
-    path = tmp_path / "student.safetensors"
-    save_student(CausalStudent(StudentShape(num_layers=1)), path, dtype=preflight.torch.float32, note={})
-    pair = (load_ds_config(CONFIGS / "zero3.json"), load_ds_config(CONFIGS / "zero2_discriminator.json"))
-    small = Machine(GPUS["h100-80g"].__class__("h100-80g", 2**20, 1e12, 1e12, 1e12, 1.0), INTERCONNECTS["ib-400"], 2)
-    monkeypatch.setattr(preflight, "local_memory", lambda ranks: (small.usable, "h100-80g"))
-    kernels = preflight.build_workload
-
-    def fused(*args: Any, **changes: Any) -> Any:
-        return kernels(*args, **(changes | {"kernels": "fused"}))
-
-    monkeypatch.setattr(preflight, "build_workload", fused)
-    for overrides in (["video.num_frames=13"], ["rollout.group_size=5"], []):
-        config = load_config(CONFIGS / "quickstart.yaml", [f"student.init_from={path}", *overrides])
-        with pytest.raises(ConfigError) as at_start_up:
-            preflight.plan_run(config, *pair, world_size=2)
-        with pytest.raises(ConfigError) as at_planning:
-            refuse_what_does_not_fit(make_plan(config, planned_shape(config), pair, small))
-        assert str(at_start_up.value) == str(at_planning.value)
 
 
 def test_an_unknown_shape_is_named(tmp_path: Path) -> None:
