@@ -109,8 +109,7 @@ class SlurmJob(Section):
             raise ValueError(f"sweep needs at least one --sweep line and no other kind has any, got {len(self.sweep)}")
         if self.kind == "deepspeed" and self.container and self.container_runtime == "apptainer":
             raise ValueError("--kind deepspeed starts python itself, not through apptainer: use --kind srun")
-        if any("," in mount for mount in self.mounts):
-            raise ValueError(f"--mount must hold no comma, got {list(self.mounts)}")
+        self._check_mounts()
         for name, value in self.environment.items():
             if not _ENVIRONMENT_NAME.fullmatch(name):
                 raise ValueError(f"--env must be NAME=VALUE with a plain name, got {name!r}")
@@ -120,6 +119,46 @@ class SlurmJob(Section):
                     f"--export, got {value!r}: use --kind srun"
                 )
         return self
+
+    def _check_mounts(self) -> None:
+        """Container runtimes take mounts apart at commas and colons, and pyxis at spaces (NVIDIA/pyxis, issue 133)."""
+        for mount in self.mounts:
+            if not re.fullmatch(r"[^:,]+(:[^:,]+){1,2}", mount):
+                raise ValueError(
+                    f"--mount must be SOURCE:TARGET or SOURCE:TARGET:OPTIONS without a comma, got {mount!r}"
+                )
+        if self.container is None:
+            return
+        if "," in self.workdir or ":" in self.workdir:
+            raise ValueError(f"a checkout in a container must have no comma or colon in its path, got {self.workdir!r}")
+        spaced = [path for path in (self.workdir, *self.mounts) if any(each.isspace() for each in path)]
+        if self.container_runtime == "pyxis" and spaced:
+            raise ValueError(f"pyxis mounts no path with a space, got {spaced[0]!r}")
+
+    @property
+    def pyxis_flags(self) -> list[str]:
+        """Options of srun that run its tasks in the image; empty without pyxis. Syntax: NVIDIA/pyxis wiki, Usage."""
+        if self.container is None or self.container_runtime != "pyxis":
+            return []
+        return [
+            f"--container-image={self.container}",
+            f"--container-mounts={','.join(self._all_mounts)}",
+            f"--container-workdir={self.workdir}",
+            "--no-container-mount-home",
+        ]
+
+    @property
+    def apptainer_words(self) -> list[str]:
+        """The command that runs another one in the image; empty without apptainer. Syntax: apptainer-exec(1)."""
+        if self.container is None or self.container_runtime != "apptainer":
+            return []
+        binds = [word for mount in self._all_mounts for word in ("--bind", mount)]
+        gpus = ["--nv"] if self.gpus_per_node else []
+        return ["apptainer", "exec", *gpus, "--pwd", self.workdir, *binds, self.container]
+
+    @property
+    def _all_mounts(self) -> list[str]:
+        return [f"{self.workdir}:{self.workdir}", *self.mounts]
 
 
 def time_limit_s(text: str) -> int | None:
@@ -229,13 +268,15 @@ def _templates_values(job: SlurmJob) -> dict[str, Any]:
     staged = [] if job.stage_to is None else [
         f"data.{split}_shards={job.stage_to}/{split}" for split in ("train", "heldout")
     ]  # fmt: skip
-    mounts = [f"{job.workdir}:{job.workdir}", *job.mounts]
+    size = [f"--ntasks-per-node={job.ranks_per_node}", f"--cpus-per-task={job.cpus_per_rank}"]
+    launcher_args = " ".join(_named(shell_quote, each, "container") for each in [*size, *job.pyxis_flags])
     return {
         "directives": directives,
         "python_folder": None if python_folder is None else _named(shell_quote, python_folder, "python"),
         "staged_overrides": [_named(shell_quote, each, "stage_to") for each in staged],
-        "mounts_joined": _named(shell_quote, ",".join(mounts), "mounts"),
-        "mounts_listed": [_named(shell_quote, each, "mounts") for each in mounts],
+        "container_flags": [_named(shell_quote, each, "container") for each in job.pyxis_flags],
+        "container_words": [_named(shell_quote, each, "container") for each in job.apptainer_words],
+        "launcher_args": shell_quote(f"--kill-on-bad-exit=1 {launcher_args}"),
         "num_ranks": job.nodes * job.ranks_per_node,
         "cpus_per_node": job.ranks_per_node * job.cpus_per_rank,
     }

@@ -117,7 +117,7 @@ def test_a_thousand_hostile_strings_arrive_as_they_are_and_nothing_runs(recorded
             log_dir=hostile[4],
             partition=hostile[5],
             environment={f"V{number}": each for number, each in enumerate(hostile[:50])},
-            mounts=(hostile[6],),
+            mounts=(f"{hostile[6]}:/data",),
             container=hostile[7],
             container_runtime="apptainer",
         )
@@ -131,7 +131,7 @@ def test_a_thousand_hostile_strings_arrive_as_they_are_and_nothing_runs(recorded
     start = train.index("launch/train.py")
     assert train[start + 1 : start + 5] == ["--config", hostile[0], "--ds_config", hostile[1]]
     assert train[start - 1] == f"{recorded.folder}/$(touch CANARY)/srun"
-    assert train[start - 4 : start - 1] == ["--bind", hostile[6], hostile[7]]
+    assert train[start - 4 : start - 1] == ["--bind", f"{hostile[6]}:/data", hostile[7]]
     assert recorded.calls("touch") == []
     assert not list(recorded.folder.rglob("CANARY*"))
 
@@ -196,7 +196,12 @@ def test_directives_escape_what_sbatch_would_read_differently() -> None:
         ({"time": "4"}, "--time must be longer than --signal-lead-s 240, got '4' = 240 s"),
         ({"time": "soon"}, "--time must be like 90, 90:00, 24:00:00, 2-12 or 2-12:30:00, got 'soon'"),
         ({"time": "1\n"}, "--time must be like"),
-        ({"mounts": ("a:b,c:d",)}, "--mount must hold no comma"),
+        ({"mounts": ("a:b,c:d",)}, "--mount must be SOURCE:TARGET or SOURCE:TARGET:OPTIONS without a comma"),
+        ({"mounts": ("/data",)}, "--mount must be SOURCE:TARGET or SOURCE:TARGET:OPTIONS without a comma, got '/data'"),
+        ({"mounts": ("a:b:ro:c",)}, "--mount must be SOURCE:TARGET or SOURCE:TARGET:OPTIONS"),
+        ({"container": "x", "workdir": "/a,b"}, "must have no comma or colon in its path, got '/a,b'"),
+        ({"container": "x", "workdir": "/a b"}, "pyxis mounts no path with a space, got '/a b'"),
+        ({"container": "x", "mounts": ("/a b:/c",)}, "pyxis mounts no path with a space, got '/a b:/c'"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -277,13 +282,38 @@ def test_health_check_can_be_left_out_and_its_failure_starts_nothing(recorded: R
 
 
 def test_pyxis_goes_to_srun_and_apptainer_before_the_command(recorded: Recorded) -> None:
-    recorded.run(render(job(container="image.sqsh", mounts=("/data:/data",))))
-    pyxis = recorded.calls("srun")[-1]
-    assert "--container-image=image.sqsh" in pyxis
-    assert "--container-mounts=/:/,/data:/data" in pyxis
-    recorded.run(render(job(container="image.sif", container_runtime="apptainer", gpus_per_node=2)))
-    apptainer = recorded.calls("srun")[-1]
-    assert apptainer[apptainer.index("apptainer") :][:4] == ["apptainer", "exec", "--nv", "--pwd"]
+    """Options as in the pyxis wiki (Usage) and apptainer-exec(1)."""
+    image, workdir = "nvcr.io#nvidia/py torch:$(touch CANARY) é'\"", str(recorded.folder)
+    recorded.run(render(job(container=image, mounts=("/data:/data:ro",), workdir=workdir)))
+    srun = recorded.calls("srun")[-1]
+    flags = [f"--container-image={image}", f"--container-mounts={workdir}:{workdir},/data:/data:ro",
+             f"--container-workdir={workdir}", "--no-container-mount-home"]  # fmt: skip
+    start = srun.index(flags[0])
+    assert srun[start : start + 4] == flags
+    assert srun[start + 4 : start + 6] == ["python", "launch/train.py"]
+
+    image = "a 'b' $(touch CANARY).sif"
+    apptainer = job(
+        container=image, container_runtime="apptainer", gpus_per_node=2, mounts=("/a b:/c",), workdir=workdir
+    )
+    recorded.run(render(apptainer))
+    srun = recorded.calls("srun")[-1]
+    assert srun[srun.index("apptainer") : srun.index("python")] == [
+        "apptainer", "exec", "--nv", "--pwd", workdir, "--bind", f"{workdir}:{workdir}", "--bind", "/a b:/c", image
+    ]  # fmt: skip
+    assert "PYTHONNOUSERSITE" not in render(job())
+    assert recorded.calls("touch") == []
+
+
+def test_deepspeeds_launcher_gets_pyxis_options_that_survive_its_own_splitting(recorded: Recorded) -> None:
+    image = "reg.io#a b:$(touch CANARY) é'\"\\"
+    recorded.run(render(job(kind="deepspeed", container=image, workdir=str(recorded.folder))))
+    call = recorded.calls("deepspeed")[-1]
+    words = shlex.split(call[call.index("--launcher_args") + 1])  # as deepspeed/launcher/multinode_runner.py does
+    assert words[:3] == ["--kill-on-bad-exit=1", "--ntasks-per-node=2", "--cpus-per-task=8"]
+    assert words[3] == f"--container-image={image}"
+    assert words[-1] == "--no-container-mount-home"
+    assert recorded.calls("touch") == []
 
 
 def test_srun_task_becomes_a_rank() -> None:
