@@ -63,6 +63,7 @@ def build_train_loader(config: RunConfig, *, batch_size_per_rank: int, world: Wo
         shuffle=config.data.shuffle,
         shuffle_block=config.data.shuffle_block,
         remote=remote,
+        cache_limit=config.data.cache_limit,
         verify=config.data.verify,
     )
     live = config.teacher.live
@@ -168,7 +169,12 @@ def fetch(config: RunConfig, source: VideoSource) -> int:
     cache.mkdir(parents=True, exist_ok=True)
     settings = _settings(config)
     num_parts, known_ids = _read_parts(cache, settings)
-    known = {prompt_key(sample) for folder, remote in shard_places(config) for sample in iterate(folder, remote=remote)}
+    limits = (config.data.cache_limit, None)
+    known = {
+        prompt_key(sample)
+        for (folder, remote), limit in zip(shard_places(config), limits, strict=True)
+        for sample in iterate(folder, remote=remote, cache_limit=limit)
+    }
     is_heldout = _heldout_rule(config, source)
     room = None if live.max_videos is None else live.max_videos - len(known_ids)
 

@@ -10,13 +10,14 @@ from types import TracebackType
 class Seen:
     """Digests with their counts and the name that brought them first: a temporary SQLite database, gone when closed.
 
-    SQLite keeps about 2 MB of it in memory and the rest in a nameless file of the system's temporary folder. Threads
+    SQLite keeps half a MiB of it in memory and the rest in a nameless file of the system's temporary folder. Threads
     may share one.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        self._database.execute("PRAGMA cache_size = -512")  # KiB
         self._database.execute("PRAGMA journal_mode = OFF")  # nothing of it outlives the process
         self._database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, first TEXT, count INTEGER) WITHOUT ROWID")
 

@@ -112,6 +112,9 @@ class DataSection(Section):
     whatever else mosaicml-streaming has a downloader for. `train_shards` is then the local copy."""
     heldout_remote: str | None = None
     """The same for the held-out shards."""
+    cache_limit_gib: Annotated[float, Field(gt=0)] | None = None
+    """Size that the local copy of `train_remote` may have; what was not read for longest is dropped, and fetched again
+    when it is needed. None keeps everything."""
     verify: Literal["start", "first_use"] = "start"
     """Check local shards before the run starts, or each when it is first read; remote ones are checked on arrival."""
     shuffle: bool = True
@@ -120,6 +123,17 @@ class DataSection(Section):
     """Samples shuffled together; smaller blocks read fewer remote shards at a time."""
     read_ahead: NonNegative = 2
     """Batches read in the background while a step computes; 0 reads when asked."""
+
+    @model_validator(mode="after")
+    def _only_a_copy_has_a_limit(self) -> Self:
+        if self.cache_limit_gib is not None and self.train_remote is None:
+            raise ValueError("cache_limit_gib needs train_remote: shards that are only here are never dropped")
+        return self
+
+    @property
+    def cache_limit(self) -> int | None:
+        """`cache_limit_gib` in bytes."""
+        return None if self.cache_limit_gib is None else int(self.cache_limit_gib * 2**30)
 
 
 class EncodersSection(Section):

@@ -47,6 +47,7 @@ def build_loader(
     shuffle_block: int = SHUFFLE_BLOCK,
     cache: Path | None = None,
     remote: str | None = None,
+    cache_limit: int | None = None,
     verify: str = "start",
 ) -> "ShardLoader":
     """Verify the shards and open them for training; every rank must call it (for world_size > 1 it is collective).
@@ -60,6 +61,7 @@ def build_loader(
         shuffle_block: samples that are shuffled together.
         cache: where uncompressed shards go; by default beside the packed ones.
         remote: where shards come from that are not in the folder; they are fetched as they are read.
+        cache_limit: bytes that the local copy of a remote may keep; None keeps all.
         verify: "start" checks (and unpacks) all local shards now, "first_use" each when it is first read.
     Raises:
         ValueError: the folder is missing, damaged or hostile; it has fewer samples than one global batch; a number
@@ -77,7 +79,7 @@ def build_loader(
         )
     if verify not in ("start", "first_use"):
         raise ValueError(f"verify must be 'start' or 'first_use', got {verify!r}")
-    store = ShardStore(Path(shards), cache=cache, remote=remote)
+    store = ShardStore(Path(shards), cache=cache, remote=remote, limit=cache_limit)
     if verify == "start" and remote is None:
         open_dataset(Path(shards), cache)
     record = store.record
@@ -213,11 +215,15 @@ class ShardLoader(Iterator[VideoBatch]):
         self._num_seen += num_samples
 
     def _read_sample(self, sample_id: int, shard: int, row: int) -> Sample:
-        path = self._store.ensure(shard)  # one stat unless the file changed since it was verified
-        return checked(self._dataset.shards[shard][row], self.record, f"{path}: sample {sample_id}")
+        def read(path: Path) -> Sample:  # one stat before it, unless the file changed since it was verified
+            return checked(self._dataset.shards[shard][row], self.record, f"{path}: sample {sample_id}")
+
+        return self._store.read(shard, read)
 
 
-def iterate(shards: Path, cache: Path | None = None, *, remote: str | None = None) -> Iterator[Sample]:
+def iterate(
+    shards: Path, cache: Path | None = None, *, remote: str | None = None, cache_limit: int | None = None
+) -> Iterator[Sample]:
     """Yield every sample of a folder in the order of writing, each shard verified before it is read.
 
     Touches no process group and holds one sample at a time.
@@ -225,16 +231,18 @@ def iterate(shards: Path, cache: Path | None = None, *, remote: str | None = Non
     Raises:
         ValueError: as `build_loader`.
     """
-    store = ShardStore(Path(shards), cache=cache, remote=remote)
+    store = ShardStore(Path(shards), cache=cache, remote=remote, limit=cache_limit)
     index = json.loads((store.record.path / INDEX_FILE).read_text())
     load_streaming()
     from streaming.base.format.mds.reader import MDSReader
 
     for number, entry in enumerate(index["shards"]):
-        path = store.ensure(number)
         reader = MDSReader.from_json(str(store.record.path), "", entry)
         for row in range(store.record.shards[number].num_samples):
-            yield checked(reader[row], store.record, f"{path}: row {row}")
+            values = store.read(number, lambda _, reader=reader, row=row: reader[row])
+            yield checked(
+                values, store.record, f"{store.record.path / store.record.shards[number].raw.name}: row {row}"
+            )
 
 
 def read_all(shards: Path, cache: Path | None = None, *, remote: str | None = None) -> list[Sample]:

@@ -187,7 +187,7 @@ def decode_bf16(data: bytes) -> Tensor:
         raise ValueError(f"bf16 column of shape {list(shape)} must have {expected} bytes, got {len(data)}")
     if len(data) == header:
         return torch.empty(shape, dtype=torch.bfloat16)
-    bits = torch.frombuffer(bytearray(data[header:]), dtype=torch.int16)
+    bits = torch.frombuffer(bytearray(memoryview(data)[header:]), dtype=torch.int16)
     if sys.byteorder == "big":
         bits = bits.view(torch.uint8).view(-1, 2).flip(1).contiguous().view(-1).view(torch.int16)
     return bits.view(torch.bfloat16).reshape(shape)

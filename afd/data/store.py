@@ -2,7 +2,8 @@
 
 A remote is anything mosaicml-streaming has a downloader for; its index is checked here before `streaming` sees it, and
 no file name of it is followed outside the local folder. A shard that arrives damaged is fetched again, three times at
-most; the last bad copy stays in `quarantine/` for a look, and the run stops with the shard's name.
+most; the last bad copy stays in `quarantine/` for a look, and the run stops with the shard's name. With a limit the
+local copy drops the shards that were not read for longest; they are fetched again when their turn comes.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import importlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from afd.data.integrity import (
     FileRecord,
@@ -35,6 +38,9 @@ _TIMEOUT_S = 300.0
 _NUM_FETCHERS = 4
 # Ranks of a host share the local folder; two shards rarely share a lock.
 _NUM_LOCKS = 64
+# Reads of a shard that another process drops each time before it is open.
+_MAX_READS = 20
+_Rows = TypeVar("_Rows")
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +52,19 @@ class ShardStore:
         record: its `path` is the folder with the uncompressed shards.
     """
 
-    def __init__(self, shards: Path, *, cache: Path | None = None, remote: str | None = None) -> None:
+    def __init__(
+        self, shards: Path, *, cache: Path | None = None, remote: str | None = None, limit: int | None = None
+    ) -> None:
         """Read and check the record; no shard is touched.
 
         Args:
             shards: the folder `write_shards` made; with a remote, the local copy (made if absent).
             cache: where uncompressed shards go; by default beside the packed ones.
             remote: where files that are missing or damaged come from.
+            limit: bytes that the local copy of a remote may keep, shards on their way on top; None keeps all.
         Raises:
-            ValueError: the record is missing or broken, or says something it must not.
+            ValueError: the record is missing or broken, or says something it must not; or the limit is less than two
+                shards.
         """
         self._remote = None if remote is None else remote.removeprefix("file://").rstrip("/")
         self._source = Path(shards).absolute()
@@ -66,6 +76,12 @@ class ShardStore:
             with lock_folder(target):
                 write_plain_index(self.record, target)
             self.record = replace(self.record, path=target)
+        self._limit = None if remote is None else limit
+        largest = max(shard.raw.size for shard in self.record.shards)
+        if self._limit is not None and self._limit < 2 * largest:
+            raise ValueError(
+                f"the limit of the local copy {self._source} must hold two shards of {largest} bytes, got {self._limit}"
+            )
 
     def ensure(self, number: int) -> Path:
         """Fetch, verify and unpack shard `number` unless that is done; returns its uncompressed file.
@@ -76,13 +92,63 @@ class ShardStore:
         shard = self.record.shards[number]
         path = self.record.path / shard.raw.name
         if self._is_ready(path, shard.raw):
+            self._note_use(path)
             return path
-        with lock_folder(self.record.path, f".lock-{number % _NUM_LOCKS}"):
+        with lock_folder(self.record.path, _lock_name(number)):
+            if self._limit is not None and self._is_ready(path, shard.raw):
+                return path  # another process was faster
             packed = shard.packed or shard.raw
             if self._remote is not None and not self._is_ready(self._source / packed.name, packed):
                 self._fetch(packed)
             unpack_shard(shard, self._source, self.record.path)
+            if self._limit is not None and self._source / packed.name != path:
+                (self._source / packed.name).unlink()
+        self._note_use(path)
+        self._trim(keep=path)
         return path
+
+    def read(self, number: int, read: Callable[[Path], _Rows]) -> _Rows:
+        """Call `read`, which opens shard `number`'s file, with the shard in place: again if another process of this
+        host dropped it in the meantime.
+
+        Raises:
+            ValueError: as `ensure`; or the shard is dropped each time, because the limit is too small for all who read.
+        """
+        path = self.record.path / self.record.shards[number].raw.name
+        for _ in range(_MAX_READS):
+            try:
+                return read(self.ensure(number))
+            except FileNotFoundError:
+                if self._limit is None:
+                    raise
+        raise ValueError(f"{path} is dropped faster than it is read: data.cache_limit_gib is too small")
+
+    def _note_use(self, path: Path) -> None:
+        """Its time of access orders what is dropped; its time of change says that it was verified, and stays."""
+        if self._limit is not None:
+            try:
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+            except FileNotFoundError:  # dropped by another process: `read` fetches it again
+                logger.debug("%s was dropped meanwhile", path)
+
+    def _trim(self, *, keep: Path) -> None:
+        """Drop the shards that were not read for longest, until the rest is within the limit."""
+        if self._limit is None:
+            return
+        with lock_folder(self.record.path, ".lock-trim"):
+            files = []
+            for number, shard in enumerate(self.record.shards):
+                path = self.record.path / shard.raw.name
+                if path.exists():
+                    files.append((path.stat().st_atime_ns, shard.raw.size, number, path))
+            total = sum(size for _, size, _, _ in files)
+            for _, size, number, path in sorted(files):
+                if total <= self._limit:
+                    return
+                if path != keep:
+                    with lock_folder(self.record.path, _lock_name(number)):  # whoever unpacks it has it to the end
+                        path.unlink(missing_ok=True)
+                    total -= size
 
     def ensure_all(self, numbers: Iterable[int] | None = None) -> None:
         """Make many shards readable, by default all; several downloads go side by side."""
@@ -103,8 +169,11 @@ class ShardStore:
         except ValueError as error:
             if self._remote is None and path.parent == self._source and expected.name == path.name:
                 return False  # the user's own file: unpack_shard says what is wrong with it
-            logger.warning("%s; fetching it again", error)
-            path.unlink()
+            if os.path.lexists(path):
+                logger.warning("%s; fetching it again", error)
+                path.unlink(missing_ok=True)
+            return False
+        except FileNotFoundError:  # dropped by another process between two looks
             return False
         return True
 
@@ -163,3 +232,7 @@ class ShardStore:
             downloaders.CloudDownloader.direct_download(address, str(to), _TIMEOUT_S)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ValueError(f"{address} cannot be fetched: {error}") from error
+
+
+def _lock_name(number: int) -> str:
+    return f".lock-{number % _NUM_LOCKS}"

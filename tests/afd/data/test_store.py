@@ -4,8 +4,10 @@ import importlib
 import itertools
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,74 @@ def test_other_remotes_go_to_streamings_downloader(
     assert asked[:3] == [f"s3://bucket/set/{name}" for name in ("dataset.json", "index.json", "shard.00000.mds.zstd")]
     with pytest.raises(ValueError, match=r"gopher://x/dataset\.json cannot be fetched: Unsupported remote"):
         ShardStore(tmp_path / "other", remote="gopher://x")
+
+
+def held(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("shard.*"))
+
+
+def test_a_limited_copy_gives_the_same_batches_and_stays_small(shards: Path, tmp_path: Path) -> None:
+    local, near = tmp_path / "local", alone(shards)
+    sizes = [shard.raw.size for shard in near.record.shards]
+    assert len(sizes) >= 4
+    limit = 2 * max(sizes)
+    far = alone(local, remote=str(shards), cache_limit=limit).read_ahead(2)
+    for _ in range(15):
+        first, second = next(far), next(near)
+        assert torch.equal(first.sample_ids, second.sample_ids)
+        assert torch.equal(first.latents, second.latents)
+    far.close()
+    assert 0 < held(local) <= limit
+    assert not list(local.glob("*.zstd"))
+    assert [each.source_id for each in iterate(local, remote=str(shards), cache_limit=limit)] == [
+        each.source_id for each in read_all(shards)
+    ]
+    assert held(local) <= limit
+    with pytest.raises(ValueError, match=rf"must hold two shards of {max(sizes)} bytes, got {max(sizes)}"):
+        alone(local, remote=str(shards), cache_limit=max(sizes))
+
+
+def test_what_was_not_read_for_longest_is_dropped(shards: Path, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    whole = ShardStore(shards).record.shards
+    limit = whole[0].raw.size + whole[1].raw.size + whole[2].raw.size
+    store = ShardStore(local, remote=str(shards), limit=limit)
+    for number in (0, 1, 2, 0, 3):
+        assert store.ensure(number).is_file()
+    kept = {path.name for path in local.glob("*.mds")}
+    assert "shard.00001.mds" not in kept
+    assert {"shard.00000.mds", "shard.00003.mds"} <= kept
+
+
+def test_readers_of_one_small_copy_get_whole_shards(shards: Path, tmp_path: Path) -> None:
+    expected = [(shards / shard.raw.name).read_bytes() for shard in alone(shards).record.shards]
+    limit = 2 * max(map(len, expected))
+
+    def read(seed: int) -> int:
+        store, draw = ShardStore(tmp_path / "local", remote=str(shards), limit=limit), random.Random(seed)
+        for _ in range(40):
+            number = draw.randrange(len(expected))
+            assert store.read(number, Path.read_bytes) == expected[number]
+        return seed
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(read, range(3))) == [0, 1, 2]
+    assert held(tmp_path / "local") <= limit
+
+
+def test_a_shard_that_another_reader_drops_is_fetched_again(shards: Path, tmp_path: Path) -> None:
+    store = ShardStore(tmp_path / "local", remote=str(shards), limit=1 << 20)
+    tries = itertools.count()
+
+    def read(path: Path) -> int:
+        if next(tries) < 3:
+            path.unlink()
+        return len(path.read_bytes())
+
+    assert store.read(1, read) == store.record.shards[1].raw.size
+    assert next(tries) == 4
+    with pytest.raises(ValueError, match=r"dropped faster than it is read: data.cache_limit_gib is too small"):
+        store.read(1, lambda path: path.unlink() or path.read_bytes())
 
 
 def test_first_use_checks_local_shards_when_they_are_read(shards: Path) -> None:
