@@ -215,7 +215,15 @@ def _times_like(latents: Tensor, num_frames: int) -> Tensor:
     return latents.new_empty(latents.shape[0], num_frames, dtype=dtype)
 
 
-def rollout(student: CausalStudent, prompt_embeds: Tensor, noise: Tensor, times: SamplerTimes) -> Tensor:
+def rollout(
+    student: CausalStudent,
+    prompt_embeds: Tensor,
+    noise: Tensor,
+    times: SamplerTimes,
+    *,
+    image: ImageCondition | None = None,
+    first_chunk: Tensor | None = None,
+) -> Tensor:
     """Generate whole videos; see `RolloutSampler`.
 
     Args:
@@ -223,6 +231,8 @@ def rollout(student: CausalStudent, prompt_embeds: Tensor, noise: Tensor, times:
         prompt_embeds: [N, L, D].
         noise: [N, S, C, F, H, W]; a chunk reads noise[:, :, :, its frames].
         times: when to denoise; S = times.num_noises.
+        image: what an image-to-video student sees of its image.
+        first_chunk: clean latents [N, C, K, H, W] to begin with instead of generating them.
     Returns:
         [N, C, F, H, W] latents in the noise's dtype.
     Raises:
@@ -234,8 +244,18 @@ def rollout(student: CausalStudent, prompt_embeds: Tensor, noise: Tensor, times:
         )
     num_frames, height, width = noise.shape[3:]
     spans = chunk_spans(student.shape, num_frames)
-    sampler = RolloutSampler(student, prompt_embeds, times, latent_size=(height, width), num_frames=num_frames)
-    return torch.cat([sampler.next_chunk(noise[:, :, :, start:end]) for start, end in spans], dim=2)
+    sampler = RolloutSampler(
+        student, prompt_embeds, times, latent_size=(height, width), num_frames=num_frames, image=image
+    )
+    chunks: list[Tensor] = []
+    for start, end in spans:
+        eps = noise[:, :, :, start:end]
+        if first_chunk is not None and not chunks:
+            sampler.give_chunk(first_chunk, eps[:, -1])
+            chunks.append(first_chunk.to(noise.dtype))
+        else:
+            chunks.append(sampler.next_chunk(eps))
+    return torch.cat(chunks, dim=2)
 
 
 def chunk_spans(shape: StudentShape, num_frames: int) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,8 @@ from afd.config import RunConfig
 from afd.config_file import ConfigError, load_config
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from afd.models.student import CausalStudent
     from afd.sampling import StreamStatistics
 
@@ -36,6 +38,8 @@ def add_to(commands: Any) -> None:
     )
     sample.add_argument("--config", type=Path, help="for weights that are no commit; default the quick start's")
     sample.add_argument("--prompt", required=True)
+    sample.add_argument("--image", type=Path, help="first frame to go on from")
+    sample.add_argument("--last-image", type=Path, help="last frame to arrive at, beside --image")
     sample.add_argument("--out", type=Path, help="mp4 to write; needed unless --serve")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--weights", default="ema", help="of a commit: ema, old, reference (the base student) or raw")
@@ -72,18 +76,41 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise ConfigError("--out must name the mp4 to write, got none")
     if out is not None and (out.suffix != ".mp4" or not out.parent.is_dir()):
         raise ConfigError(f"--out must name an .mp4 in an existing folder, got {out}")
-    student, config = _load(arguments)
+    images = _images(arguments)
+    student, config = _load(arguments, len(images))
     if arguments.stream:
-        _stream(arguments, student, config)
+        _stream(arguments, student, config, images)
         return
     from afd.sampling import sample_video
 
     assert out is not None
-    sample_video(student, config, arguments.prompt, out, seed=arguments.seed, scale=arguments.scale)
+    sample_video(student, config, arguments.prompt, out, seed=arguments.seed, scale=arguments.scale, images=images)
     print(out)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[CausalStudent, RunConfig]:
+def _images(arguments: argparse.Namespace) -> tuple[Image.Image, ...]:
+    """The given pictures, read.
+
+    Raises:
+        ConfigError: a last one without a first, or a file that is no picture.
+    """
+    if arguments.last_image is not None and arguments.image is None:
+        raise ConfigError("--last-image needs --image")
+    from PIL import Image, UnidentifiedImageError
+
+    pictures: list[Image.Image] = []
+    for option, path in (("--image", arguments.image), ("--last-image", arguments.last_image)):
+        if path is None:
+            continue
+        try:
+            with Image.open(path) as file:
+                pictures.append(file.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise ConfigError(f"{option} {path} must be a picture: {error}") from error
+    return tuple(pictures)
+
+
+def _load(arguments: argparse.Namespace, num_images: int) -> tuple[CausalStudent, RunConfig]:
     """The student on its device and the configuration it runs with; what does not fit is refused first."""
     import torch
 
@@ -97,7 +124,8 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalStudent, RunConfig]:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if path.is_file() or any((path / name).is_file() for name in ("config.json", "model_index.json")):
         given = config.student.model_dump()
-        check_sampling(config, read_student_shape(path, given), is_stream=arguments.stream)
+        shape = read_student_shape(path, given)
+        check_sampling(config, shape, is_stream=arguments.stream, num_images=num_images)
         student = load_student(path, config=given, dtype=getattr(torch, arguments.dtype))
     else:
         from afd.train.checkpoint import CONFIG, STUDENT_WEIGHTS
@@ -108,12 +136,14 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalStudent, RunConfig]:
         commit, average = resolve_commit(path), None if arguments.weights == "raw" else arguments.weights
         config = load_config(commit / CONFIG)
         shape = configured_shape(stored_shape(commit / STUDENT_WEIGHTS), config.student)
-        check_sampling(config, shape, is_stream=arguments.stream)
+        check_sampling(config, shape, is_stream=arguments.stream, num_images=num_images)
         student, config = load_commit(commit, average=average)
     return student.eval().requires_grad_(False).to(device, getattr(torch, arguments.dtype)), config
 
 
-def _stream(arguments: argparse.Namespace, student: CausalStudent, config: RunConfig) -> None:
+def _stream(
+    arguments: argparse.Namespace, student: CausalStudent, config: RunConfig, images: tuple[Image.Image, ...]
+) -> None:
     from afd.sampling.session import StreamRequest, run_stream, streaming_shape
 
     student.shape = streaming_shape(
@@ -129,6 +159,7 @@ def _stream(arguments: argparse.Namespace, student: CausalStudent, config: RunCo
         ahead_s=arguments.ahead,
         seed=arguments.seed,
         scale=arguments.scale,
+        images=images,
     )
     statistics = run_stream(student, config, request, announce=lambda line: print(line, flush=True))
     print(describe(statistics))

@@ -154,3 +154,6 @@ class EncodersSection(Section):
     """What the text encoder computes in."""
     text_len: Positive = 16
     """Text tokens L of every embedding; the student's text_len."""
+    image_path: Path | None = None
+    """Folder of a CLIP vision encoder with its processor, or of a diffusers pipeline with both; for image-to-video
+    students with an image embedder."""

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from afd.config import RunConfig, StudentShape
 from afd.models.encoders import check_encoders, latent_shape
+from afd.models.image_encoder import check_images
 from afd.rollout import chunk_spans, sampler_times
 
 
-def check_sampling(config: RunConfig, shape: StudentShape, *, is_stream: bool) -> None:
+def check_sampling(config: RunConfig, shape: StudentShape, *, is_stream: bool, num_images: int = 0) -> None:
     """Encoders, resolution, frames and sampler fit the student; nothing is loaded or allocated.
 
     Args:
         config: the run's: encoders, video format, sampler.
         shape: the student's.
         is_stream: a stream's length is its own, a clip has `video.num_frames`.
+        num_images: given: none, the first frame, or the first and the last.
     Raises:
         ValueError: the first thing that is missing or does not fit.
     """
-    if shape.in_channels != shape.out_channels:
-        raise ValueError(
-            f"sampling needs a text-to-video student, in_channels = out_channels, got {shape.in_channels} and "
-            f"{shape.out_channels}"
-        )
+    check_images(config.encoders, shape, num_images)
     check_encoders(config.encoders, shape)
     _, num_frames, height, width = latent_shape(config.encoders, config.video)
     if height % shape.patch_size[1] or width % shape.patch_size[2]:

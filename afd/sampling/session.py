@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from afd.config import RunConfig, StudentShape
-from afd.models.encoders import encode_prompts, latent_shape, load_codec, load_text_encoder
+from afd.models.conditioning import ImageCondition
+from afd.models.encoders import VideoCodec, encode_prompts, latent_shape, load_codec, load_text_encoder
+from afd.models.image_encoder import condition_on, takes_images
 from afd.models.student import CausalStudent
 from afd.rollout import sampler_times
 from afd.sampling.live import LivePrompt
@@ -38,6 +41,7 @@ class StreamRequest:
         ahead_s: seconds of video generated ahead of playback when there is a player.
         seed: of the noise.
         scale: enlargement of the file's frames.
+        images: the first frame to go on from, and maybe the last; an image-to-video student needs `seconds` with them.
     """
 
     prompt: str
@@ -49,6 +53,7 @@ class StreamRequest:
     ahead_s: float = 1.0
     seed: int = 0
     scale: int = 1
+    images: tuple[Image.Image, ...] = ()
 
 
 def streaming_shape(shape: StudentShape, *, trained_frames: int, window: int | None, sink: int | None) -> StudentShape:
@@ -111,12 +116,15 @@ def run_stream(
         ValueError: a prompt cannot be embedded, or something does not fit the student.
         OSError: the port is taken, or the file cannot be written.
     """
+    if request.seconds is None and takes_images(student.shape):
+        raise ValueError("--seconds must be given to stream an image-to-video student, which sees its image all along")
     device = next(student.parameters()).device
     codec = load_codec(config.encoders, device=device)
     prompt = LivePrompt(_prompt_encoder(config, request, device), request.prompt)
     num_chunks = num_chunks_of(
         request.seconds, fps=config.video.fps, shape=student.shape, pixel_frames=codec.num_pixel_frames
     )
+    image, first_chunk = _given(request, student.shape, codec, config, num_chunks, device)
     chunks = stream_chunks(
         student,
         codec,
@@ -125,6 +133,8 @@ def run_stream(
         latent_size=latent_shape(config.encoders, config.video)[2:],
         seed=request.seed,
         num_chunks=num_chunks,
+        image=image,
+        first_chunk=first_chunk,
     )
     statistics = StreamStatistics()
     with contextlib.ExitStack() as stack:
@@ -147,6 +157,22 @@ def run_stream(
                 break
             _apply_changes(pending, prompt, chunk, fps=config.video.fps)
     return statistics
+
+
+def _given(
+    request: StreamRequest,
+    shape: StudentShape,
+    codec: VideoCodec,
+    config: RunConfig,
+    num_chunks: int | None,
+    device: torch.device,
+) -> tuple[ImageCondition | None, Tensor | None]:
+    """The images as the stream takes them; an image-to-video student's are spread over all its frames."""
+    frames = (shape.first_chunk_frames or shape.chunk_frames) + ((num_chunks or 1) - 1) * shape.chunk_frames
+    size = config.video.height, config.video.width
+    return condition_on(
+        request.images, shape, codec, config.encoders, size=size, num_latent_frames=frames, device=device
+    )
 
 
 def _player(config: RunConfig, request: StreamRequest, shape: StudentShape, prompt: LivePrompt) -> Player:

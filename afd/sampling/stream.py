@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from afd.distributed import seeded_generator
+from afd.models.conditioning import ImageCondition
 from afd.models.encoders import VideoCodec
 from afd.models.student import CausalStudent
 from afd.rollout import RolloutSampler, SamplerTimes
@@ -101,6 +102,8 @@ def stream_chunks(
     latent_size: tuple[int, int],
     seed: int,
     num_chunks: int | None = None,
+    image: ImageCondition | None = None,
+    first_chunk: Tensor | None = None,
 ) -> Iterator[StreamedChunk]:
     """Generate, decode and yield chunk after chunk.
 
@@ -118,6 +121,8 @@ def stream_chunks(
         latent_size: (H, W).
         seed: chunk i's noise depends on (seed, i) alone.
         num_chunks: how many; None for no end, which needs the student's window.
+        image: what an image-to-video student sees of its image, for every frame of the stream.
+        first_chunk: clean latents [N, C, K, H, W] to begin with instead of generating them.
     Yields:
         chunks, the first one as early as possible.
     Raises:
@@ -132,7 +137,7 @@ def stream_chunks(
         if num_chunks is None
         else (shape.first_chunk_frames or shape.chunk_frames) + (num_chunks - 1) * shape.chunk_frames
     )
-    sampler = RolloutSampler(student, embeds, times, latent_size=latent_size, num_frames=num_frames)
+    sampler = RolloutSampler(student, embeds, times, latent_size=latent_size, num_frames=num_frames, image=image)
     decoder = None if codec is None else codec.new_decoder()
     first_frame, prompt_version = 0, 0
     for index in itertools.count() if num_chunks is None else range(num_chunks):
@@ -145,7 +150,11 @@ def stream_chunks(
                 prompt_version += 1
         size = (shape.out_channels, sampler.next_chunk_frames, *latent_size)
         noise = stream_noise(seed, index, len(embeds), times.num_noises, size).to(embeds.device)
-        latents = sampler.next_chunk(noise)
+        if first_chunk is not None and not index:
+            sampler.give_chunk(first_chunk, noise[:, -1])
+            latents = first_chunk
+        else:
+            latents = sampler.next_chunk(noise)
         _wait_for(latents.device)
         generated = time.perf_counter()
         frames = None if decoder is None else decoder.decode(latents).cpu()

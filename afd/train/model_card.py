@@ -13,7 +13,8 @@ from afd.train.commit import read_manifest
 _LOAD = """```python
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 
-# Runs pipeline.py of this folder, which samples chunk by chunk; read it before you trust it.
+# Runs pipeline.py of this folder, which samples chunk by chunk; read it before you trust it. diffusers refuses without
+# the flag; imported from that file, CausalWanPipeline.from_pretrained(folder) does without.
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 transformer = WanTransformer3DModel.from_pretrained(folder)  # the weights alone
 ```"""

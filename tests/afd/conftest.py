@@ -1,4 +1,4 @@
-"""Starting worker scripts as real ranks, for the tests that need a process group."""
+"""Worker scripts as real ranks, and the folder of a tiny Wan pipeline."""
 
 import json
 import os
@@ -61,3 +61,44 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         return json.loads(result.read_text())
 
     return start
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan image-to-video pipeline's folder without its transformer: VAE, UMT5, tokenizer, CLIP and its processor."""
+    import torch
+    from diffusers import AutoencoderKLWan
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    from afd.models.encoders import save_tiny_text_encoder
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    clip: dict[str, Any] = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2}
+    clip |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae: Any = AutoencoderKLWan(
+            base_dim=4,
+            z_dim=16,
+            num_res_blocks=1,
+            latents_mean=[0.1 * i for i in range(16)],
+            latents_std=[1.0 + 0.1 * i for i in range(16)],
+        )
+        vae.save_pretrained(folder / "vae")
+        CLIPVisionModel(CLIPVisionConfig(**clip)).save_pretrained(folder / "image_encoder")
+    CLIPImageProcessorPil(**sizes).save_pretrained(folder / "image_processor")
+    save_tiny_text_encoder(folder / "text_encoder", ("a", "red", "ball", "falls"), text_dim=20, seed=1)
+    (folder / "tokenizer").mkdir()
+    for file in list((folder / "text_encoder").glob("*token*")):
+        file.rename(folder / "tokenizer" / file.name)
+    index = {
+        "_class_name": "WanImageToVideoPipeline",
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "image_encoder": ["transformers", "CLIPVisionModel"],
+        "image_processor": ["transformers", "CLIPImageProcessor"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.config import StudentShape
+from afd.config import EncodersSection, StudentShape
+from afd.models.encoders import check_encoders
+from afd.models.image_encoder import read_image_config
 from afd.models.weights.names import original_name
 from afd.models.weights.sources import STUDENT_FACTS, LazyTensor
 from afd.models.weights.streaming import split_shards, write_tensors
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 PIPELINE_CLASS = "CausalWanPipeline"
 PIPELINE_FILE = Path(__file__).with_name("causal_pipeline.py")
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
+IMAGE_COMPONENTS = ("image_encoder", "image_processor")
 _STEM = "diffusion_pytorch_model"
 _SHARD_BYTES = 5 * 10**9
 
@@ -54,13 +57,14 @@ def export_diffusers(
         sampling: the sampler's `steps`, `first_chunk_steps`, `shift` and `context_noise`.
         card: text of README.md.
         dtype: of the written weights; None keeps them bit by bit.
-        components: a diffusers pipeline folder whose VAE, text encoder and tokenizer are copied along.
+        components: a diffusers pipeline folder whose VAE, text encoder and tokenizer are copied along, and for students
+            with an image embedder its image encoder and processor.
         max_shard_bytes: of one file.
     Raises:
-        ValueError: the folder holds something, or `components` lacks a component.
+        ValueError: the folder holds something, or `components` lacks a component or has one that does not fit.
     """
     check_empty(folder)
-    found = _find_components(components)
+    found = {} if components is None else _find_components(components, shape)
     model = folder / "transformer"
     model.mkdir(parents=True, exist_ok=True)
     config = json.dumps(diffusers_config(shape), indent=2) + "\n"
@@ -143,16 +147,19 @@ def _write_shards(
     return weight_map, total
 
 
-def _find_components(folder: Path | None) -> dict[str, Path]:
-    if folder is None:
-        return {}
-    missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
+def _find_components(folder: Path, shape: StudentShape) -> dict[str, Path]:
+    names = COMPONENTS + (IMAGE_COMPONENTS if shape.image_dim else ())
+    missing = [name for name in names if not (folder / name).is_dir()]
     if missing or not (folder / "model_index.json").is_file():
         raise ValueError(
             f"--components {folder} must be a diffusers pipeline folder with model_index.json and "
-            f"{', '.join(COMPONENTS)}, missing {missing or ['model_index.json']}"
+            f"{', '.join(names)}, missing {missing or ['model_index.json']}"
         )
-    return {name: folder / name for name in COMPONENTS}
+    encoders = EncodersSection(codec="wan_vae", vae_path=folder, text_path=folder, text_len=shape.text_len)
+    check_encoders(encoders, shape)
+    if shape.image_dim and (width := read_image_config(folder)["hidden_size"]) != shape.image_dim:
+        raise ValueError(f"student image_dim must be {width}, the image encoder's width, got {shape.image_dim}")
+    return {name: folder / name for name in names}
 
 
 def _model_index(
@@ -163,7 +170,7 @@ def _model_index(
     return {
         "_class_name": PIPELINE_CLASS,
         "_diffusers_version": importlib.metadata.version("diffusers"),
-        **{name: theirs[name] if name in found else [None, None] for name in COMPONENTS},
+        **{name: theirs[name] if name in found else [None, None] for name in COMPONENTS + IMAGE_COMPONENTS},
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "sampling": {**{name: getattr(shape, name) for name in own}, **sampling},
     }

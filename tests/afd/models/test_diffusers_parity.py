@@ -1,6 +1,6 @@
 """With equal random weights the student with one chunk computes what diffusers' WanTransformer3DModel computes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,54 +12,43 @@ from afd.config import StudentShape
 from afd.models.conditioning import ImageCondition
 from afd.models.student import CausalStudent
 
+MakePair = Callable[..., tuple[Any, CausalStudent]]
 FRAMES, ROWS, COLUMNS = 5, 6, 10
 TEXT_LEN = 512  # diffusers counts the image's tokens as everything before the last 512
 IMAGE_TOKENS = 7
 
 
-def tiny_pair(**changes: Any) -> tuple[Any, CausalStudent]:
-    """A random diffusers model and the student with its weights; every weight random, none at its special start."""
-    from diffusers import WanTransformer3DModel
+@pytest.fixture
+def tiny_pair(make_transformer: Callable[[StudentShape], Any]) -> MakePair:
+    """`tiny_pair(**shape)`: a random diffusers model and the student with its weights; none at its special start."""
 
-    shape = StudentShape(
-        **{
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": (1, 2, 2),
-            "num_layers": 2,
-            "num_heads": 3,
-            "head_dim": 16,
-            "ffn_dim": 72,
-            "freq_dim": 32,
-            "text_len": TEXT_LEN,
-            "text_dim": 20,
-            "chunk_frames": FRAMES,
-            "numerics": "diffusers",
-            **changes,
-        }
-    )
-    torch.manual_seed(3)
-    theirs = WanTransformer3DModel(
-        patch_size=shape.patch_size,
-        num_attention_heads=shape.num_heads,
-        attention_head_dim=shape.head_dim,
-        in_channels=shape.in_channels,
-        out_channels=shape.out_channels,
-        text_dim=shape.text_dim,
-        freq_dim=shape.freq_dim,
-        ffn_dim=shape.ffn_dim,
-        num_layers=shape.num_layers,
-        cross_attn_norm=shape.cross_attn_norm,
-        eps=shape.eps,
-        image_dim=shape.image_dim,
-        added_kv_proj_dim=shape.dim if shape.image_dim else None,
-        pos_embed_seq_len=shape.image_tokens,
-    )
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    ours = CausalStudent(shape)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs.eval(), ours.eval()
+    def make(**changes: Any) -> tuple[Any, CausalStudent]:
+        shape = StudentShape(
+            **{
+                "in_channels": 16,
+                "out_channels": 16,
+                "patch_size": (1, 2, 2),
+                "num_layers": 2,
+                "num_heads": 3,
+                "head_dim": 16,
+                "ffn_dim": 72,
+                "freq_dim": 32,
+                "text_len": TEXT_LEN,
+                "text_dim": 20,
+                "chunk_frames": FRAMES,
+                "numerics": "diffusers",
+                **changes,
+            }
+        )
+        torch.manual_seed(3)
+        theirs = make_transformer(shape)
+        for parameter in theirs.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        ours = CausalStudent(shape)
+        ours.load_state_dict(theirs.state_dict())
+        return theirs.eval(), ours.eval()
+
+    return make
 
 
 def inputs(shape: StudentShape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, ImageCondition]:
@@ -123,7 +112,7 @@ def _pairs(embeds: Tensor | None, shape: StudentShape) -> Tensor | None:
     ids=["t2v", "odd", "i2v", "i2v-without-encoder", "first-and-last-frame"],
 )
 @pytest.mark.parametrize("per_frame", [False, True])
-def test_one_chunk_equals_diffusers(changes: dict[str, Any], per_frame: bool) -> None:
+def test_one_chunk_equals_diffusers(tiny_pair: MakePair, changes: dict[str, Any], per_frame: bool) -> None:
     theirs, ours = tiny_pair(**changes)
     expected, got = both(theirs, ours, torch.float32, per_frame=per_frame)
     assert expected.std() > 0.1
@@ -132,7 +121,7 @@ def test_one_chunk_equals_diffusers(changes: dict[str, Any], per_frame: bool) ->
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-def test_the_original_numerics_differ_from_diffusers_by_its_drift() -> None:
+def test_the_original_numerics_differ_from_diffusers_by_its_drift(tiny_pair: MakePair) -> None:
     theirs, ours = tiny_pair()
     for numerics in ("wan", "wan_float64"):
         other = CausalStudent(ours.shape.model_copy(update={"numerics": numerics}))
@@ -147,7 +136,7 @@ def test_the_original_numerics_differ_from_diffusers_by_its_drift() -> None:
         assert 1e-6 < (sinusoid - angles).abs().max() < 2e-4
 
 
-def test_float64_rotation_agrees_with_the_fused_one() -> None:
+def test_float64_rotation_agrees_with_the_fused_one(tiny_pair: MakePair) -> None:
     _, ours = tiny_pair()
     outputs = []
     noisy, t, prompt, _ = inputs(ours.shape, torch.float64)

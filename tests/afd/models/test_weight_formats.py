@@ -19,6 +19,7 @@ from afd.models.weights import load_student, original_name, read_student_shape, 
 from afd.models.weights.accounting import check_names_and_shapes
 
 MakeStudent = Callable[..., CausalStudent]
+DiffusersFolder = Callable[..., Path]
 REFERENCE = Path(__file__).parents[2] / "data" / "self_forcing_tiny.safetensors"
 CANNOT_TELL = {"num_heads": 2, "text_len": 8}
 WAN = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "head_dim": 16, "text_len": 8}
@@ -43,28 +44,18 @@ def shifted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor + 1 for name, tensor in weights.items()}
 
 
-def diffusers_folder(student: CausalStudent, folder: Path, *, num_shards: int = 1) -> Path:
-    """What diffusers' `save_pretrained` writes for these weights."""
-    from diffusers import WanTransformer3DModel
+@pytest.fixture
+def diffusers_folder(make_transformer: Callable[[Any], Any]) -> DiffusersFolder:
+    """`diffusers_folder(student, folder, num_shards=1)`: what diffusers' `save_pretrained` writes for these weights."""
 
-    shape = student.shape
-    model = WanTransformer3DModel(
-        patch_size=shape.patch_size,
-        num_attention_heads=shape.num_heads,
-        attention_head_dim=shape.head_dim,
-        in_channels=shape.in_channels,
-        out_channels=shape.out_channels,
-        text_dim=shape.text_dim,
-        freq_dim=shape.freq_dim,
-        ffn_dim=shape.ffn_dim,
-        num_layers=shape.num_layers,
-        image_dim=shape.image_dim,
-        added_kv_proj_dim=shape.dim if shape.image_dim else None,
-    )
-    model.load_state_dict(student.state_dict())
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    model.save_pretrained(folder, max_shard_size=num_bytes // num_shards + 1)
-    return folder
+    def write(student: CausalStudent, folder: Path, *, num_shards: int = 1) -> Path:
+        model = make_transformer(student.shape)
+        model.load_state_dict(student.state_dict())
+        num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        model.save_pretrained(folder, max_shard_size=num_bytes // num_shards + 1)
+        return folder
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -123,7 +114,11 @@ def test_original_wan_folders_load(original: dict[str, Tensor], tmp_path: Path) 
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("image", [{}, {"in_channels": 36, "image_dim": 10}])
 def test_diffusers_folders_and_pipelines_load(
-    make_student: MakeStudent, tmp_path: Path, num_shards: int, image: dict[str, int]
+    make_student: MakeStudent,
+    diffusers_folder: DiffusersFolder,
+    tmp_path: Path,
+    num_shards: int,
+    image: dict[str, int],
 ) -> None:
     student = make_student(**WAN | image)
     folder = diffusers_folder(student, tmp_path / "transformer", num_shards=num_shards)
@@ -274,7 +269,9 @@ def test_likely_causes_name_the_family_and_the_size(make_student: MakeStudent) -
             check_names_and_shapes(expected, got, source="file")
 
 
-def test_contradictions_are_refused(make_student: MakeStudent, original: dict[str, Tensor], tmp_path: Path) -> None:
+def test_contradictions_are_refused(
+    make_student: MakeStudent, diffusers_folder: DiffusersFolder, original: dict[str, Tensor], tmp_path: Path
+) -> None:
     folder = diffusers_folder(make_student(**WAN), tmp_path / "m", num_shards=3)
     for given, message in (
         ({"num_layers": 30}, r"student.num_layers must be 2, as in student weights .*, got 30"),
