@@ -11,13 +11,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import queue
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from afd.data.integrity import (
     FileRecord,
@@ -41,6 +43,17 @@ _NUM_LOCKS = 64
 # Reads of a shard that another process drops each time before it is open.
 _MAX_READS = 20
 _Rows = TypeVar("_Rows")
+# What the clouds' SDKs raise that is neither an OSError nor a RuntimeError. Source: each SDK's exceptions module.
+_SDK_ERRORS = {
+    "azure.core.exceptions": ("AzureError",),
+    "boto3.exceptions": ("Boto3Error",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "google.api_core.exceptions": ("GoogleAPIError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "google.resumable_media.common": ("InvalidResponse", "DataCorruption"),
+    "oci.exceptions": ("ServiceError", "ClientError", "RequestException"),
+    "paramiko.ssh_exception": ("SSHException",),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +81,7 @@ class ShardStore:
         """
         self._remote = None if remote is None else remote.removeprefix("file://").rstrip("/")
         self._source = Path(shards).absolute()
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         if self._remote is not None:
             self._fetch_record()
         self.record = read_record(self._source)
@@ -226,13 +240,25 @@ class ShardStore:
         """
         assert self._remote is not None
         load_streaming()
-        downloaders = importlib.import_module("streaming.base.storage.download")
+        downloads = importlib.import_module("streaming.base.storage.download")
         address = f"{self._remote}/{name}"
         try:
-            downloaders.CloudDownloader.direct_download(address, str(to), _TIMEOUT_S)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise ValueError(f"{address} cannot be fetched: {error}") from error
+            downloader = self._idle.get_nowait()  # logged in already; one for each download that is under way
+        except queue.Empty:
+            downloader = None
+        try:
+            downloader = downloader or downloads.CloudDownloader.get(address)
+            downloader.download(address, str(to), _TIMEOUT_S)
+        except (OSError, ValueError, RuntimeError, ImportError, *_sdk_errors()) as error:
+            raise ValueError(f"{address} cannot be fetched: {' '.join(str(error).split())}") from error
+        self._idle.put(downloader)
 
 
 def _lock_name(number: int) -> str:
     return f".lock-{number % _NUM_LOCKS}"
+
+
+def _sdk_errors() -> tuple[type[Exception], ...]:
+    """The errors of the SDKs that are imported by now."""
+    modules = ((sys.modules.get(name), classes) for name, classes in _SDK_ERRORS.items())
+    return tuple(getattr(module, each) for module, classes in modules for each in classes if hasattr(module, each))

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,6 +187,42 @@ def test_a_shard_that_another_reader_drops_is_fetched_again(shards: Path, tmp_pa
     assert next(tries) == 4
     with pytest.raises(ValueError, match=r"dropped faster than it is read: data.cache_limit_gib is too small"):
         store.read(1, lambda path: path.unlink() or path.read_bytes())
+
+
+def test_what_an_sdk_raises_counts_as_a_failed_fetch(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_streaming()
+    downloads = importlib.import_module("streaming.base.storage.download")
+    sdk: Any = types.ModuleType("botocore.exceptions")
+    sdk.ClientError = type("ClientError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "botocore.exceptions", sdk)
+    clients = []
+
+    class FakeS3(downloads.LocalDownloader):
+        def __init__(self) -> None:
+            super().__init__()
+            clients.append(self)
+
+        def _validate_remote_path(self, path: str) -> None:
+            pass
+
+        def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
+            if remote.endswith("shard.00001.mds.zstd") and len(clients) < 3:
+                raise sdk.ClientError("slow down")
+            shutil.copy(shards / remote.rpartition("/")[2], local)
+
+    monkeypatch.setitem(downloads.DOWNLOADER_MAPPINGS, "s3", FakeS3)
+    store = ShardStore(tmp_path / "local", remote="s3://bucket/set")
+    store.ensure(0)
+    assert len(clients) == 1  # one log-in serves many files
+    store.ensure(1)
+    assert len(clients) == 3  # a new one after each failure
+    clients.clear()
+    store = ShardStore(tmp_path / "other", remote="s3://bucket/set")
+    monkeypatch.setattr("afd.data.store.MAX_FETCHES", 1)
+    with pytest.raises(ValueError, match=r"s3://bucket/set/shard.00001.mds.zstd cannot be fetched: slow down"):
+        store.ensure(1)
 
 
 def test_first_use_checks_local_shards_when_they_are_read(shards: Path) -> None:
