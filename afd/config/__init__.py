@@ -29,6 +29,7 @@ from afd.config.training import (
     StoppingSection,
     TrackingSection,
 )
+from afd.config.vlm import VLMSection
 
 __all__ = [
     "AveragesSection",
@@ -57,6 +58,7 @@ __all__ = [
     "StudentShape",
     "TeacherSection",
     "TrackingSection",
+    "VLMSection",
     "VideoSection",
     "configured_shape",
 ]

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from afd.config.section import Fraction, NonNegative, Positive, Section
 from afd.config.training import LRSchedule
+from afd.config.vlm import VLMSection
 
 
 class DiscriminatorShape(Section):
@@ -38,14 +39,16 @@ class DiscriminatorShape(Section):
 class DiscriminatorSection(Section):
     """The Bradley-Terry discriminator and its training."""
 
-    kind: Literal["latent"] = "latent"
-    """What scores clips: `latent`, a transformer on latents trained from scratch."""
+    kind: Literal["latent", "vlm"] = "latent"
+    """What scores clips: `latent`, a transformer on latents trained from scratch; `vlm`, a vision-language model with
+    adapters, on decoded frames and the prompt's words."""
     shape: DiscriminatorShape = DiscriminatorShape()
     """Dimensions of `kind: latent`."""
     clip_frames: Positive | None = None
     """Latent frames of a window: a long video's score is the mean over num_clips of them. None scores it whole."""
     num_clips: Positive = 1
     """Windows per video: anywhere, drawn anew for each pair, when D trains; evenly spaced when it scores."""
+    vlm: VLMSection = VLMSection()
     ds_config: Path = Path("configs/zero2_discriminator.json")
     """DeepSpeed JSON of its engine."""
     warmup_steps: NonNegative = 60

@@ -224,6 +224,19 @@ def text_encoder_folder(encoders: EncodersSection) -> Path:
 _NO_VAE = "encoders.vae_path must name an AutoencoderKLWan folder for codec wan_vae, got none"
 
 
+def check_codec(encoders: EncodersSection) -> int:
+    """Video frames per latent frame after the first, from config files only.
+
+    Raises:
+        ValueError: wan_vae without `vae_path`, or a folder without a VAE.
+    """
+    if encoders.codec == "dct":
+        return DCTCodec.temporal_stride
+    if encoders.vae_path is None:
+        raise ValueError(_NO_VAE)
+    return read_vae_config(encoders.vae_path).get("scale_factor_temporal", 4)
+
+
 def load_codec(encoders: EncodersSection, *, device: torch.device | str = "cpu") -> VideoCodec:
     """The configured codec.
 

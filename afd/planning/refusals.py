@@ -99,6 +99,8 @@ def _check_chunks(config: RunConfig, shape: StudentShape, latents: tuple[int, in
     except ValueError as error:
         raise ConfigError(f"video.{error}") from error
     _check_windows(config, frames)
+    if config.discriminator.kind == "vlm":
+        return
     patch, scored = config.discriminator.shape.patch_size, [config.discriminator.clip_frames or frames, height, width]
     if any(size % each for size, each in zip(scored, patch, strict=True)):
         what = "latents" if config.discriminator.clip_frames is None else "windows of discriminator.clip_frames"
@@ -108,6 +110,10 @@ def _check_chunks(config: RunConfig, shape: StudentShape, latents: tuple[int, in
 def _check_windows(config: RunConfig, frames: int) -> None:
     """Windows lie within the video, each in a place of its own."""
     length, count = config.discriminator.clip_frames, config.discriminator.num_clips
+    if length is not None and config.discriminator.kind == "vlm":
+        raise ConfigError(
+            f"discriminator.clip_frames must be null with kind vlm (see discriminator.vlm.fps), got {length}"
+        )
     if length is None:
         if count > 1:
             raise ConfigError(f"discriminator.num_clips must be 1 without discriminator.clip_frames, got {count}")

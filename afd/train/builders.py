@@ -11,7 +11,7 @@ from afd.models.lora import add_lora, add_old_adapter, old_adapter_name
 from afd.models.student import CausalBlock, CausalStudent
 from afd.models.weights import fill_student, load_student, open_student
 from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_ramp_to_half
-from afd.train.discriminators import build_discriminator
+from afd.train.discriminators import build_discriminator, build_view
 from afd.train.ds_config import DSConfig, load_ds_config
 from afd.train.engines import Engine, build_engine, build_sharded, write_shard
 from afd.train.objectives import Roles
@@ -23,7 +23,11 @@ def build_roles(
     config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
 ) -> Roles:
     """Both engines and the three averages of a run; collective."""
-    student, discriminator = build_student(config, plan, ds_student), build_discriminator(config, plan, world)
+    dtype = torch.bfloat16 if ds_discriminator.get("bf16", {}).get("enabled") else torch.float32
+    student, discriminator = (
+        build_student(config, plan, ds_student),
+        build_discriminator(config, plan, world, dtype=dtype),
+    )
     return roles_around(student, discriminator, config, ds_student, ds_discriminator, world=world)
 
 
@@ -39,6 +43,7 @@ def roles_around(
     return Roles(
         critic=critic,
         real_score=real_score,
+        view=build_view(config, world),
         student=student_engine,
         discriminator=build_engine(discriminator, ds_discriminator),
         old=ParameterAverage(

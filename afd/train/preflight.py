@@ -15,6 +15,7 @@ import torch
 from afd.config import RunConfig, StudentShape
 from afd.config_file import ConfigError, dump_config
 from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, read_text_config, text_encoder_folder
+from afd.models.vlm_builder import plan_vlm
 from afd.models.weights import open_student, read_student_shape
 from afd.planning.hardware import ASSUMED
 from afd.planning.memory import Memory, describe_memory, plan_memory
@@ -130,7 +131,8 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
             f"{config.encoders.codec}, got {shape.in_channels} and {shape.out_channels}"
         )
     discriminator = config.discriminator.shape
-    if discriminator.in_channels != channels:
+    is_latent = config.discriminator.kind != "vlm"
+    if is_latent and discriminator.in_channels != channels:
         raise ConfigError(f"discriminator.shape.in_channels must be {channels}, got {discriminator.in_channels}")
     if config.encoders.text_len > shape.text_len:
         raise ConfigError(
@@ -142,7 +144,9 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
         text_dim = read_text_config(folder)["d_model"]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for owner, got in (("student text_dim", shape.text_dim), ("discriminator.shape.text_dim", discriminator.text_dim)):
+    widths = {"student text_dim": shape.text_dim}
+    widths |= {"discriminator.shape.text_dim": discriminator.text_dim} if is_latent else {}
+    for owner, got in widths.items():
         if got != text_dim:
             raise ConfigError(f"{owner} must be {text_dim}, the width of the text encoder {folder.name}, got {got}")
 
@@ -169,7 +173,16 @@ def local_memory(world_size: int) -> tuple[int, str]:
 def _check_objective(
     config: RunConfig, shape: StudentShape, student_batch: tuple[int, int, int], world_size: int
 ) -> None:
-    """What the baselines need beyond AFD's inputs."""
+    """What the baselines need beyond AFD's inputs, and a VLM discriminator beyond latents."""
+    if config.discriminator.kind == "vlm":
+        if config.objective == "gan":
+            raise ConfigError(
+                "discriminator.kind must be latent with objective = gan (no gradient passes the decoder), got vlm"
+            )
+        try:
+            plan_vlm(config.discriminator.vlm, config.encoders, config.video)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     if config.nft.noise_coupling and config.objective != "afd":
         raise ConfigError(
             f"nft.noise_coupling must be 0 with objective = {config.objective} (it has no rollout noise to couple to), "

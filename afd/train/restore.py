@@ -54,6 +54,8 @@ def check_resumable(config: RunConfig, plan: RunPlan) -> None:
         "teacher": (before.teacher, config.teacher),
         "video format": (before.video, config.video),
         "encoder": (before.encoders, config.encoders),
+        "kind of discriminator": (before.discriminator.kind, config.discriminator.kind),
+        "VLM": (before.discriminator.vlm, config.discriminator.vlm),
     }
     different += [f"another {name}" for name, (old, new) in pairs.items() if old != new]
     if world_size != plan.world_size:

@@ -1,4 +1,4 @@
-"""Worker scripts as real ranks, and the folder of a tiny Wan pipeline."""
+"""Worker scripts as real ranks, the folder of a tiny Wan pipeline, and tiny vision-language models."""
 
 import json
 import os
@@ -102,3 +102,59 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+_CHAT_TOKENS = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+
+
+def write_vlm(folder: Path, *, family: str = "qwen2_vl", seed: int = 0, **vision: Any) -> Path:
+    """A random Qwen2-VL (or Qwen2.5-VL) folder: their own classes and files, a byte-level tokenizer with 7 chat tokens.
+
+    Patches are 4 x 4 pixels and merged 2 x 2; 2 vision blocks, 2 layers of width 32; 39k parameters.
+    """
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokens = [f"<|{name}|>" for name in _CHAT_TOKENS]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.add_special_tokens({"pad_token": tokens[0], "additional_special_tokens": tokens[1:]})
+    tokenizer.save_pretrained(folder)
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")
+    }
+    ids |= {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "vocab_size": 272, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+    text |= {"bos_token_id": None, "eos_token_id": None}
+    tower = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    if family == "qwen2_vl":
+        tower |= {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
+        parts: Any = (transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration)
+    else:
+        tower |= {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "window_size": 16}
+        tower |= {"fullatt_block_indexes": [1]}
+        parts = (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = parts[1](parts[0](text_config=text, vision_config=tower | vision, tie_word_embeddings=True, **ids))
+        for parameter in model.parameters():  # biases and norms too, so that no term is trivial
+            torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1) / 2, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2-VL folder."""
+    return write_vlm(tmp_path_factory.mktemp("vlm") / "qwen2_vl")
+
+
+@pytest.fixture(scope="session")
+def vlm25_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL folder."""
+    return write_vlm(tmp_path_factory.mktemp("vlm25") / "qwen2_5_vl", family="qwen2_5_vl")

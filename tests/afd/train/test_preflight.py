@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from afd.config import RunConfig, StudentShape
+from afd.config import EncodersSection, RunConfig, StudentShape, VideoSection, VLMSection
 from afd.config_file import ConfigError, load_config
 from afd.models.student import CausalStudent
+from afd.models.vlm_builder import plan_vlm
 from afd.models.weights import save_student
 from afd.train import preflight
 from afd.train.ds_config import DSConfig
@@ -241,3 +242,26 @@ def test_the_description_says_the_arithmetic_and_the_shapes(plan: Plan, tmp_path
         assert expected in text
     without_prior = describe_plan(make_config(tmp_path, "nft.prior_weight=0"), resolved, DS_STUDENT)
     assert "v_ref  [" not in without_prior
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["discriminator.vlm.path=null"], r"discriminator\.vlm\.path must name a Qwen2-VL or Qwen2\.5-VL folder"),
+        (["discriminator.vlm.path=/nowhere"], "discriminator.vlm.path /nowhere must be a folder, which is missing"),
+        (["objective=gan"], r"discriminator\.kind must be latent with objective = gan .*, got vlm"),
+        (["discriminator.clip_frames=6"], r"discriminator\.clip_frames must be null with kind vlm .*, got 6"),
+        (["discriminator.vlm.num_frames=14"], "must show a multiple of 2 frames, at least 2 and at most the clip's 12"),
+        (["discriminator.vlm.init_from=/nowhere"], "init_from /nowhere must hold model_config.json of VideoAlign"),
+    ],
+)
+def test_vlm_discriminators_are_checked(plan: Plan, vlm_folder: Path, overrides: list[str], message: str) -> None:
+    vlm = ["discriminator.kind=vlm", f"discriminator.vlm.path={vlm_folder}", "discriminator.shape.text_dim=7"]
+    plan(*vlm)  # the latent kind's dimensions do not matter
+    with pytest.raises(ConfigError, match=message):
+        plan(*vlm, *overrides)
+
+
+def test_vlm_discriminator_needs_a_codec(vlm_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"encoders\.vae_path must name an AutoencoderKLWan folder .*, got none"):
+        plan_vlm(VLMSection(path=vlm_folder), EncodersSection(codec="wan_vae"), VideoSection())
