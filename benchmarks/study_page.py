@@ -1,0 +1,186 @@
+"""The study's one self-contained page: verdicts, tables, plots and contact sheets from the finished rows."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from study_rows import D_LR, Preset
+from study_tables import COLUMNS, Cell, best_of, collect, find, regime_lines, verdicts
+
+from afd.evaluation.contact_sheet import contact_sheet
+
+_COLOURS = {"base": "#8a93a5", "sft": "#c4860f", "gan": "#9b4dca", "dmd": "#1a8f5f", "afd": "#1868d6"}
+_STYLE = """
+:root { --ink: #20242c; --paper: #fafaf7; --line: #d8d8d2; --soft: #6b7280 }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: .6rem 0 1.4rem; font-variant-numeric: tabular-nums; font-size: .86rem }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; white-space: nowrap }
+th:first-child, td:first-child, td.words { text-align: left; white-space: normal }
+.wide { overflow-x: auto } figure { margin: 1rem 0 } figcaption, small { color: var(--soft) }
+img, svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px }
+.yes { color: #14713f } .no { color: #b3261e } .not, .open { color: var(--soft) }
+"""
+
+
+def write_page(out: Path, preset: Preset, choices: Mapping[tuple[str, str], Any]) -> Path:
+    """Write `study.html`; returns its path."""
+    cells = collect(out)
+    parts = [
+        f"<h1>The study, preset {html.escape(preset.name)}</h1>",
+        f"<p>Every row is one training run at {preset.rollouts} rollouts a step and at most {preset.steps} student "
+        f"updates, measured once on {preset.heldout_prompts} held-out prompts. Totals: 50 is the base student of the "
+        "same family and world, 100 is without fault. ± is the standard error over seeds.</p>",
+        "<h2>What the paper claims, and what these rows say</h2>",
+        _table(("claim", "here"), [(claim, answer) for claim, answer in verdicts(cells, preset)], is_words=True),
+    ]
+    if choices:
+        rows = [
+            (family, method, f"{each.learning_rate:g}", str(each.updates))
+            for (family, method), each in sorted(choices.items())
+        ]
+        budget = f"{len(preset.learning_rates)} learning rates, {len(preset.step_shares)} looks each, training prompts"
+        parts += [f"<h2>Chosen by the search ({budget})</h2>"]
+        parts.append(_table(("family", "method", "learning rate", "updates"), rows))
+    for family in preset.families:
+        parts += _family(out, preset, cells, family)
+    for table in ("ablations", "d_lr", "beyond"):
+        parts += _ablated(preset, cells, table)
+    parts += _regime(cells, preset)
+    path = out / "study.html"
+    text = f"<!doctype html><html lang=en><meta charset=utf-8><title>AFD study</title><style>{_STYLE}</style>"
+    path.write_text(text + "\n".join(parts) + "</html>\n")
+    return path
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, is_words: bool = False) -> str:
+    def cell(text: str) -> str:
+        mark = text.replace(":", " ").split(" ", maxsplit=1)[0]
+        mark = mark if mark in ("yes", "no", "not", "open") else ""
+        return f"<td class='{'words ' if is_words else ''}{mark}'>{html.escape(text)}</td>"
+
+    lines = ["<div class=wide><table><tr>", *(f"<th>{html.escape(name)}</th>" for name in head), "</tr>"]
+    lines += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows]
+    return "".join([*lines, "</table></div>"])
+
+
+def _lines(cells: Sequence[Cell], metrics: Sequence[str]) -> list[list[str]]:
+    return [[cell.label, *(cell.text(metric) for metric in metrics)] for cell in cells]
+
+
+def _family(out: Path, preset: Preset, cells: Sequence[Cell], family: str) -> list[str]:
+    found = [find(cells, "main", family, name) for name in ("base", *preset.methods)]
+    rows = [each for each in found if each is not None]
+    if not rows:
+        return []
+    parts = [f"<h2>{html.escape(family)}: the methods</h2>"]
+    for metric in ("physics_total", "general_total", "dynamic_degree"):
+        parts.append(_bars(rows, metric))
+    for heading, metrics in COLUMNS.items():
+        parts += [f"<h3>{html.escape(heading)}</h3>", _table(("", *metrics), _lines(rows, metrics))]
+    return [*parts, _sheet(out, preset, family)]
+
+
+def _ablated(preset: Preset, cells: Sequence[Cell], table: str) -> list[str]:
+    parts: list[str] = []
+    metrics = ("physics_total", "general_total", "dynamic_degree", "gravity_error", "frechet", "sharpness")
+    for family in preset.ablated_families:
+        rows = [each for each in cells if each.table == table and each.family == family]
+        reference = [find(cells, "main", family, name) for name in ("base", "afd")]
+        if rows:
+            every = [each for each in (*reference, *rows) if each is not None]
+            parts += [
+                f"<h2>{html.escape(family)}: {html.escape(table)}</h2>",
+                _table(("", *metrics), _lines(every, metrics)),
+            ]
+        if table == "d_lr" and rows and reference[1] is not None:
+            parts.append(_learning_rates(rows, reference[1]))
+    return parts
+
+
+def _regime(cells: Sequence[Cell], preset: Preset) -> list[str]:
+    """The map: where which method wins on physics."""
+    lines = regime_lines(cells, preset.regime_methods)
+    if not lines:
+        return []
+    methods = ("base", *preset.regime_methods)
+    rows = [
+        [f"{axis}: {value}", *(found[m].text("physics_total") if m in found else "-" for m in methods), best_of(found)]
+        for axis, value, found in lines
+    ]
+    figure = Figure(figsize=(7.5, 0.42 * len(lines) + 1.0), layout="constrained")
+    axes = figure.add_subplot()
+    grid = np.array([[f[m].values["physics_total"][0] if m in f else math.nan for m in methods] for _, _, f in lines])
+    image = axes.imshow(grid, cmap="RdYlGn", vmin=35, vmax=65, aspect="auto")
+    axes.set_xticks(range(len(methods)), methods)
+    axes.set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value, _ in lines])
+    for (i, j), number in np.ndenumerate(grid):
+        if not math.isnan(number):
+            weight = "bold" if number == np.nanmax(grid[i]) else "normal"
+            axes.text(j, i, f"{number:.0f}", ha="center", va="center", weight=weight)
+    figure.colorbar(image, label="physics_total; 50 is the base")
+    head = ("regime", *methods, "best")
+    return ["<h2>Regime map: where which method wins on physics</h2>", _svg(figure), _table(head, rows)]
+
+
+def _bars(rows: Sequence[Cell], metric: str) -> str:
+    known = [row for row in rows if metric in row.values]
+    figure = Figure(figsize=(5.2, 0.36 * len(known) + 0.7), layout="constrained")
+    axes = figure.add_subplot()
+    for i, row in enumerate(known):
+        mean, error, _ = row.values[metric]
+        axes.barh(i, mean, xerr=None if math.isnan(error) else error, color=_COLOURS.get(row.label, "#555"))
+    axes.set_yticks(range(len(known)), [row.label for row in known])
+    axes.invert_yaxis()
+    axes.set_xlabel(metric)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return _svg(figure)
+
+
+def _learning_rates(rows: Sequence[Cell], afd: Cell) -> str:
+    """Physics over the discriminator's learning rate; 1 is the main table's."""
+    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    points = sorted([(1.0, afd), *((D_LR[row.label], row) for row in rows)], key=lambda pair: pair[0])
+    numbers = [row.values["physics_total"] for _, row in points]
+    errors = [0.0 if math.isnan(error) else error for _, error, _ in numbers]
+    axes.errorbar(range(len(points)), [each[0] for each in numbers], yerr=errors, marker="o", color=_COLOURS["afd"])
+    axes.set_xticks(range(len(points)), [f"{scale:g}" for scale, _ in points])
+    axes.set_xlabel("discriminator's learning rate, of the default")
+    axes.set_ylabel("physics_total")
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
+
+
+def _sheet(out: Path, preset: Preset, family: str) -> str:
+    """Teacher, base and every method on the same prompts and noise, first seed."""
+    places = {"teacher": out / "clips" / "teacher" / "default.npz"}
+    for name in ("base", *preset.methods):
+        places[name] = out / "clips" / "main" / family / "default" / name / f"seed_{preset.seeds[0]}.npz"
+    loaded = {name: np.load(path) for name, path in places.items() if path.is_file()}
+    if "teacher" not in loaded:
+        return ""
+    rows = {
+        f"{name}: {prompt}": clips["clips"][i]
+        for i, prompt in enumerate(loaded["teacher"]["prompts"].tolist())
+        for name, clips in loaded.items()
+    }
+    path = contact_sheet(rows, out / f"contact_sheet_{family}.png")
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    image = f"<img alt='contact sheet' src='data:image/png;base64,{data}'>"
+    return f"<figure>{image}<figcaption>Same prompts, same noise.</figcaption></figure>"

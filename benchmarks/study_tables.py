@@ -1,0 +1,225 @@
+"""The study's CSV files, and the tables and verdicts made from their finished rows."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import statistics
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from study_rows import REGIMES, Preset
+from study_scores import ERRORS, METRICS, MOTION, QUALITY, SHARES, TOTALS, totals
+
+_WRITING = threading.Lock()
+COLUMNS = {
+    "physics": ("physics_total", *ERRORS),
+    "motion": MOTION,
+    "general quality": ("general_total", *QUALITY, *SHARES),
+    "three times as long": tuple(name for name in METRICS if name.startswith("long/")),
+}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_rows(path: Path, records: Sequence[Mapping[str, Any]], *, unique: str | None = None) -> None:
+    """Append records and flush them to the disk; with `unique`, only those whose value in that column is new.
+
+    Raises:
+        ValueError: the file was written with other columns.
+    """
+    with _WRITING:
+        old = read_rows(path)
+        if old and list(old[0]) != list(records[0]):
+            raise ValueError(f"{path} has other columns than this version writes: choose another --out")
+        known = {row[unique] for row in old} if unique else set[str]()
+        new = [record for record in records if unique is None or str(record[unique]) not in known]
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(records[0]))
+            if not old:
+                writer.writeheader()
+            writer.writerows(new)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of a table: the mean over seeds of everything.
+
+    Attributes:
+        table, family, label, cell, method: as in `study_rows.Row`.
+        values: metric -> (mean, standard error; NaN for one seed, number of seeds).
+    """
+
+    table: str
+    family: str
+    label: str
+    cell: str
+    method: str
+    values: dict[str, tuple[float, float, int]]
+
+    def text(self, metric: str) -> str:
+        """Mean +- standard error."""
+        if metric not in self.values:
+            return "-"
+        mean, error, _ = self.values[metric]
+        digits = 1 if metric in TOTALS else 3
+        return f"{mean:.{digits}f}" if math.isnan(error) else f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def collect(out: Path) -> list[Cell]:
+    """Newest row of every id, averaged over seeds; totals are against the base row of the same family and cell."""
+    records = list({record["id"]: record for record in read_rows(out / "rows.csv")}.values())
+    teachers = {record["world"]: _numbers(record) for record in read_rows(out / "teachers.csv")}
+    bases = {(r["family"], r["cell"]): _numbers(r) for r in records if r["method"] == "base"}
+    groups: dict[tuple[str, str, str, str, str], list[dict[str, float]]] = {}
+    for record in records:
+        values, base = _numbers(record), bases.get((record["family"], record["cell"]))
+        if base is not None:
+            values |= totals(values, base, teachers[record["world"]])
+        key = (record["table"], record["family"], record["label"], record["cell"], record["method"])
+        groups.setdefault(key, []).append(values)
+    return [
+        Cell(table, family, label, cell, method, _averaged(rows))
+        for (table, family, label, cell, method), rows in groups.items()
+    ]
+
+
+def _numbers(record: Mapping[str, str]) -> dict[str, float]:
+    return {name: float(record[name]) for name in (*METRICS, "train_s", "total_s") if record.get(name)}
+
+
+def _averaged(rows: list[dict[str, float]]) -> dict[str, tuple[float, float, int]]:
+    result = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        numbers = [row[name] for row in rows if name in row and not math.isnan(row[name])]
+        if numbers:
+            error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else math.nan
+            result[name] = (statistics.fmean(numbers), error, len(numbers))
+    return result
+
+
+def find(cells: Sequence[Cell], table: str, family: str, label: str, cell: str = "default") -> Cell | None:
+    """One line, or None where it was not run."""
+    wanted = (table, family, label, cell)
+    return next((each for each in cells if (each.table, each.family, each.label, each.cell) == wanted), None)
+
+
+def regime_lines(cells: Sequence[Cell], methods: Sequence[str]) -> list[tuple[str, str, dict[str, Cell]]]:
+    """(axis, value, method -> line) of every regime that was run; the default one is the main table's."""
+    lines = []
+    for axis, values in REGIMES.items():
+        for value, where in values.items():
+            is_default = where == ("default", ())
+            table, cell = ("main", "default") if is_default else ("regime", f"{axis} {value}")
+            found = {name: find(cells, table, "chunk_wise", name, cell) for name in ("base", *methods)}
+            present = {name: each for name, each in found.items() if each is not None}
+            others = [key for key, other in values.items() if other != ("default", ())]
+            has_axis = any(find(cells, "regime", "chunk_wise", "base", f"{axis} {key}") for key in others)
+            if len(present) > 1 and has_axis:
+                lines.append((axis, value, present))
+    return lines
+
+
+def best_of(cells: Mapping[str, Cell], metric: str = "physics_total") -> str:
+    """The method with the highest mean, and those within one combined standard error of it."""
+    known = {name: each.values[metric] for name, each in cells.items() if metric in each.values}
+    if not known:
+        return "-"
+    first = max(known, key=lambda name: known[name][0])
+    close = [name for name in known if name != first and _distance(known[first], known[name]) <= 1.0]
+    return first + (f" (tied: {', '.join(close)})" if close else "")
+
+
+def _distance(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
+    """Difference of two means in combined standard errors; infinite where neither has one."""
+    error = math.hypot(*(0.0 if math.isnan(each[1]) else each[1] for each in (a, b)))
+    return (a[0] - b[0]) / error if error else math.copysign(math.inf, a[0] - b[0]) if a[0] != b[0] else 0.0
+
+
+def verdicts(cells: Sequence[Cell], preset: Preset) -> list[tuple[str, str]]:
+    """What the paper says, and what these rows say to it: (claim, yes / no / not run with the numbers)."""
+    lines = []
+    for family in preset.families:
+        rows = {name: find(cells, "main", family, name) for name in ("base", *preset.methods)}
+        run = {name: each for name, each in rows.items() if each is not None}
+        others = {name: each for name, each in run.items() if name not in ("afd", "base")}
+        for claim, metric, against in (
+            ("AFD is best or tied on physics", "physics_total", others),
+            ("AFD moves at least as much as SFT, GAN and DMD", "dynamic_degree", others),
+            ("AFD's general quality is not below the base's", "general_total", {"base": run.get("base")}),
+        ):
+            lines.append((f"{family}: {claim}", _answer(run.get("afd"), against, metric)))
+        for label, claim in (
+            ("frozen D", "a frozen discriminator is worse than one that learns"),
+            ("terminal only", "weighting the last denoising step alone is worse than forward-process credit"),
+        ):
+            ablated = find(cells, "ablations", family, label)
+            lines.append((f"{family}: {claim}", _answer(run.get("afd"), {label: ablated}, "physics_total")))
+    return lines
+
+
+def _answer(own: Cell | None, others: Mapping[str, Cell | None], metric: str) -> str:
+    """Whether `own` is at least as high as all others, within one standard error; one seed decides nothing."""
+    known = {name: each for name, each in others.items() if each is not None and metric in each.values}
+    if own is None or metric not in own.values or not known:
+        return "not run"
+    holds = all(_distance(own.values[metric], each.values[metric]) >= -1.0 for each in known.values())
+    seeds = own.values[metric][2]
+    numbers = ", ".join(f"{name} {each.text(metric)}" for name, each in known.items())
+    answer = "open (one seed, no error bar)" if seeds == 1 else "yes" if holds else "no"
+    return f"{answer}: {metric} afd {own.text(metric)}; {numbers}"
+
+
+def write_tables(out: Path, preset: Preset, choices: Mapping[tuple[str, str], Any]) -> str:
+    """`tables.md` and `tables.csv` from the finished rows; returns the Markdown."""
+    cells = collect(out)
+    parts = ["## What the paper claims, and what these rows say", "| claim | here |", "|---|---|"]
+    parts += [f"| {claim} | {answer} |" for claim, answer in verdicts(cells, preset)]
+    if choices:
+        parts += ["", "## Chosen by the search", "| family | method | learning rate | updates |", "|---|---|---|---|"]
+        parts += [
+            f"| {family} | {method} | {each.learning_rate:g} | {each.updates} |"
+            for (family, method), each in sorted(choices.items())
+        ]
+    for table in dict.fromkeys(cell.table for cell in cells if cell.table != "regime"):
+        for heading, metrics in COLUMNS.items():
+            parts += ["", f"## {table}: {heading}", f"| family | row | seeds | {' | '.join(metrics)} |"]
+            parts.append("|---" * (len(metrics) + 3) + "|")
+            for cell in (each for each in cells if each.table == table):
+                seeds = max(each[2] for each in cell.values.values())
+                parts.append(f"| {cell.family} | {cell.label} | {seeds} | {' | '.join(map(cell.text, metrics))} |")
+    lines = regime_lines(cells, preset.regime_methods)
+    if lines:
+        methods = ("base", *preset.regime_methods)
+        parts += ["", "## regime: physics_total", f"| axis | value | {' | '.join(methods)} | best |"]
+        parts.append("|---" * (len(methods) + 3) + "|")
+        for axis, value, found in lines:
+            texts = [found[name].text("physics_total") if name in found else "-" for name in methods]
+            parts.append(f"| {axis} | {value} | {' | '.join(texts)} | {best_of(found)} |")
+    text = "\n".join(parts) + "\n"
+    (out / "tables.md").write_text(text)
+    _write_csv(out / "tables.csv", cells)
+    return text
+
+
+def _write_csv(path: Path, cells: Sequence[Cell]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["table", "family", "label", "cell", "metric", "mean", "standard_error", "seeds"])
+        for cell in cells:
+            for metric, (mean, error, seeds) in cell.values.items():
+                shown = "" if math.isnan(error) else f"{error:.6g}"
+                row = [cell.table, cell.family, cell.label, cell.cell, metric, f"{mean:.6g}", shown, seeds]
+                writer.writerow(row)

@@ -1,0 +1,144 @@
+"""The study: its rows, its sums, and a whole micro preset that is stopped and goes on."""
+
+import csv
+import importlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def parts() -> Any:
+    """The study's modules that need no torch, by name."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        names = ("study_rows", "study_scores", "study_tables", "study_time")
+        yield type("Modules", (), {name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_every_row_comes_after_the_one_it_goes_on_from(parts: Any) -> None:
+    for preset in parts.study_rows.PRESETS.values():
+        rows = parts.study_rows.build_rows(preset)
+        seen: set[str] = set()
+        for row in rows:
+            assert row.after is None or row.after in seen
+            assert row.world in parts.study_rows.WORLDS
+            seen.add(row.id)
+        bases = {(row.family, row.cell) for row in rows if row.method == "base"}
+        assert {(row.family, row.cell) for row in rows} == bases, "every cell has its base student"
+
+
+def test_the_paper_preset_holds_what_was_asked_for(parts: Any) -> None:
+    preset = parts.study_rows.PRESETS["paper"]
+    rows = parts.study_rows.build_rows(preset)
+    main = [row for row in rows if row.table == "main"]
+    assert {row.family for row in main} == {"chunk_wise", "frame_wise"}
+    assert {row.method for row in main} == {"base", "sft", "gan", "dmd", "afd"}
+    assert preset.search_prompts + preset.validation_prompts == 200
+    assert len(preset.seeds) >= 3
+    assert {row.label for row in rows if row.table == "d_lr"} == {"0", "low", "x2", "high"}
+    searched = {(row.family, row.method) for row in parts.study_rows.search_rows(preset)}
+    assert searched == {(row.family, row.method) for row in main if row.method != "base"}, "one budget for all"
+
+
+def test_totals_are_fifty_for_the_base_and_rise_as_faults_fall(parts: Any) -> None:
+    totals = parts.study_scores.totals
+    teacher = {"sharpness": 0.4}
+    base = {"gravity_error": 0.6, "energy_error": 0.2, "sharpness": 0.3, "object_permanence": 0.8, "frechet": 5.0}
+    assert totals(base, base, teacher) == {"physics_total": pytest.approx(50), "general_total": pytest.approx(50)}
+    half = base | {"gravity_error": 0.3}
+    expected = 100 * ((0.61 / (0.9 + 0.02)) + 0.5) / 2
+    assert totals(half, base, teacher)["physics_total"] == pytest.approx(expected)
+    too_sharp = base | {"sharpness": 0.5}
+    assert totals(too_sharp, base, teacher)["general_total"] == pytest.approx(50), "as far from the teacher as before"
+    assert totals(base | {"object_permanence": 1.0}, base, teacher)["general_total"] > 60
+    assert math.isnan(totals({}, base, teacher)["physics_total"])
+
+
+def row_of(seed: int, method: str, gravity_error: float, label: str | None = None) -> dict[str, Any]:
+    named = {"table": "main", "family": "chunk_wise", "method": method, "label": label or method, "world": "default"}
+    numbers = {"gravity_error": gravity_error, "dynamic_degree": 1.0, "sharpness": 0.4}
+    return {"id": f"{label or method}/{seed}", **named, "cell": "default", "seed": seed, **numbers}
+
+
+def test_means_errors_and_verdicts_over_seeds(parts: Any, tmp_path: Path) -> None:
+    tables, preset = parts.study_tables, parts.study_rows.PRESETS["paper"]
+    rows = [row_of(0, "base", 0.6)]
+    rows += [row_of(seed, "afd", value) for seed, value in enumerate((0.30, 0.34, 0.32))]
+    rows += [row_of(seed, "sft", value) for seed, value in enumerate((0.50, 0.52, 0.54))]
+    tables.append_rows(tmp_path / "rows.csv", rows)
+    tables.append_rows(tmp_path / "teachers.csv", [{"world": "default", "sharpness": 0.42}])
+    cells = tables.collect(tmp_path)
+    afd = tables.find(cells, "main", "chunk_wise", "afd")
+    assert afd.values["gravity_error"] == (pytest.approx(0.32), pytest.approx(0.02 / 3**0.5), 3)
+    answers = dict(tables.verdicts(cells, preset))
+    assert answers["chunk_wise: AFD is best or tied on physics"].startswith("yes: physics_total afd")
+    assert answers["frame_wise: AFD is best or tied on physics"] == "not run"
+    assert tables.best_of({each.label: each for each in cells}) == "afd"
+
+
+def test_rows_are_appended_once_and_never_under_other_columns(parts: Any, tmp_path: Path) -> None:
+    tables, path = parts.study_tables, tmp_path / "rows.csv"
+    for _ in range(2):
+        tables.append_rows(path, [{"world": "default", "x": 1}], unique="world")
+    assert tables.read_rows(path) == [{"world": "default", "x": "1"}]
+    with pytest.raises(ValueError, match="has other columns than this version writes"):
+        tables.append_rows(path, [{"world": "default", "y": 1}])
+
+
+def test_estimates_follow_what_rows_took(parts: Any) -> None:
+    preset = parts.study_rows.PRESETS["quick"]
+    clock = parts.study_time.Clock(preset)
+    row = parts.study_rows.Row("main", "chunk_wise", "afd", "afd", 0)
+    before = clock.seconds(row)
+    clock.note(row, preset.steps, 3 * before)
+    assert clock.seconds(row) == pytest.approx(3 * before)
+    clock.note(row, preset.steps, 0.2)
+    assert clock.seconds(row) == pytest.approx(3 * before), "a row that was there already says nothing"
+    assert parts.study_time.in_words(600) == "10 min"
+
+
+def start(out: Path) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(FOLDER / "study.py"), "--preset", "micro", "--out", str(out), "--jobs", "1"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_a_stopped_study_goes_on_and_ends_in_tables_and_a_page(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    first = start(tmp_path)
+    deadline = time.monotonic() + 240
+    while not rows.is_file() and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    text, _ = first.communicate(timeout=240)
+    assert first.returncode == 130, text
+    before = rows.read_text()
+    assert [row["label"] for row in csv.DictReader(before.splitlines())] == ["base"]
+    second = start(tmp_path)
+    text, _ = second.communicate(timeout=480)
+    assert second.returncode == 0, text
+    assert "main: 1 of 2 rows are there already" in text
+    assert rows.read_text().startswith(before), "a finished row is not run again"
+    base, afd = csv.DictReader(rows.read_text().splitlines())
+    assert (base["method"], afd["method"]) == ("base", "afd")
+    for name in ("gravity_error", "frechet", "count_fidelity", "dynamic_degree", "long/gravity_error"):
+        assert float(base[name]) != float(afd[name]) or name == "count_fidelity"
+    assert (tmp_path / "tables.md").read_text() in text
+    page = (tmp_path / "study.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "")
