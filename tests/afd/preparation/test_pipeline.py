@@ -12,7 +12,7 @@ import torch
 from afd.config import RunConfig
 from afd.config_file import dump_config
 from afd.data.integrity import open_dataset
-from afd.data.loader import read_all
+from afd.data.loader import build_loader, read_all
 from afd.data.schema import Sample
 from afd.data.video import decode_video
 from afd.models.dct_codec import DCTCodec
@@ -92,6 +92,37 @@ def test_duplicates_are_refused_as_configured(
     prepare_shards(config, overwrite=True)
     assert read_rejects(config) == {}
     assert sum(map(len, read_both(config))) == 11
+
+
+def test_several_videos_of_a_prompt_stay_together_and_in_order(
+    folder_of_videos: MakeFolder, config_for: MakeConfig
+) -> None:
+    videos = folder_of_videos(15, videos_per_prompt=3)
+    rows = [json.loads(line) for line in (videos / "metadata.jsonl").read_text().splitlines()]
+    written = []
+    for workers in (0, 2):
+        config = config_for(
+            videos, f"prepare.workers={workers}", "prepare.heldout_fraction=0.4", "prepare.batch_size=4"
+        )
+        prepare_shards(config)
+        data = shard_folders(config)[0].parent
+        files = {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+        written.append(files)
+        train, heldout = read_both(config)
+        loader = build_loader(shard_folders(config)[0], batch_size_per_rank=4, world_size=1, rank=0, seed=0)
+        batches = [next(loader) for _ in range(6)]
+        shutil.rmtree(config.output_dir)
+    assert written[0] == written[1]
+    assert not {sample.prompt for sample in train} & {sample.prompt for sample in heldout}
+    order = [row["caption"] for row in rows]
+    for samples in (train, heldout):
+        prompts = [sample.prompt for sample in samples]
+        assert prompts == [prompt for prompt in order if prompt in prompts]
+        assert [prompts.count(prompt) for prompt in prompts] == [3] * len(prompts)
+    assert len({sample.seed for sample in train + heldout}) == 15
+    for batch in batches:  # a row is a prompt with one of its videos, whichever order the epoch has
+        for sample_id, prompt, latents in zip(batch.sample_ids, batch.prompts, batch.latents, strict=True):
+            assert (prompt, True) == (train[sample_id].prompt, torch.equal(latents, train[sample_id].latents.float()))
 
 
 def test_unusable_videos_and_captions_are_rejects_with_reasons(
