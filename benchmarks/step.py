@@ -29,10 +29,11 @@ from afd.models.discriminator import LatentDiscriminator
 from afd.models.encoders import latent_shape
 from afd.models.lora import add_lora
 from afd.models.student import CausalStudent
-from afd.planning.memory import describe_memory, plan_memory
+from afd.planning.activations import Kernels
+from afd.planning.memory import Memory, describe_memory, plan_memory
 from afd.planning.operations import discriminator_pass, forward_flops, rollout_passes, student_pass, training_flops
 from afd.planning.refusals import batch_arithmetic
-from afd.planning.workload import build_workload, engine_settings
+from afd.planning.workload import Workload, build_workload, engine_settings
 from afd.rollout import chunk_spans, sampler_times
 from afd.train.builders import roles_around, train_ready
 from afd.train.ds_config import DSConfig, load_ds_config
@@ -55,7 +56,8 @@ class Row:
         tokens_s: tokens generated (rollout), scored, or trained on (both halves) per second over all ranks.
         tflop: model FLOPs of the phase over all ranks, 1e12; recomputation is not counted.
         mfu: those per second and rank over the measured bf16 matmul rate of this device.
-        peak_gib: most memory allocated on a rank during the phase.
+        peak_gib: most memory allocated on a rank during the phase; GPUs only.
+        planned_gib: what `afd plan` says it should be.
         fps: video frames per second over all ranks; rollout only.
     """
 
@@ -69,6 +71,7 @@ class Row:
     tflop: float
     mfu: float
     peak_gib: float
+    planned_gib: float
     fps: float
     device: str
     commit: str
@@ -197,9 +200,15 @@ def phase_flops(config: RunConfig, shape: StudentShape, latents: Latents, rollou
     }
 
 
+def planned_peak(memory: Memory, phase: str) -> float:
+    """Bytes at the peak of a timed phase; the planner has none for scoring, which no run is limited by."""
+    names = {"update": ("update", "velocities", "optimizer"), "score": ()}.get(phase, (phase,))
+    return max((memory.at(name) for name in names if name in memory.phases), default=float("nan"))
+
+
 def measured_rows(
     arguments: argparse.Namespace, config: RunConfig, shape: StudentShape, latents: Latents, size: str, world: World,
-    timers: list[WatchedTimer],
+    timers: list[WatchedTimer], planned: Memory,
 ) -> list[Row]:  # fmt: skip
     """The table of a run."""
     flops = phase_flops(config, shape, latents, arguments.rollouts)
@@ -223,6 +232,7 @@ def measured_rows(
                 tflop=round(flops[phase][0] * world.size / 1e12, 6),
                 mfu=round(flops[phase][0] / seconds / peak, 4),
                 peak_gib=round(max(timer.peak_gib[phase] for timer in timers), 2),
+                planned_gib=round(planned_peak(planned, phase) / GIB, 2),
                 fps=round(video_frames * clips / seconds, 2) if phase == "rollout" else float("nan"),
                 device=describe_device(world.device),
                 commit=describe_commit(),
@@ -230,6 +240,18 @@ def measured_rows(
             )
         )
     return rows
+
+
+def workload(
+    config: RunConfig, shape: StudentShape, latents: Latents, files: tuple[DSConfig, DSConfig], ranks: int,
+    kernels: Kernels,
+) -> Workload:  # fmt: skip
+    """The run as the planner sees it: one group of rollouts a rank."""
+    batch = {"train_batch_size": config.rollout.group_size * ranks}
+    student, discriminator = (engine_settings(each, batch_arithmetic(each | batch, ranks)) for each in files)
+    return build_workload(
+        config, shape, latents=latents, num_gpus=ranks, engines=(student, discriminator), kernels=kernels
+    )
 
 
 def model_lines(
@@ -246,9 +268,7 @@ def model_lines(
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     adapters = sum(parameter.numel() for parameter in student.parameters()) - base
     tokens = latents[1] * (latents[2] // shape.patch_size[1]) * (latents[3] // shape.patch_size[2])
-    batches = [batch_arithmetic(each, 1) for each in files]
-    engines = engine_settings(files[0], batches[0]), engine_settings(files[1], batches[1])
-    work = build_workload(config, shape, latents=latents, num_gpus=ranks, engines=engines, kernels="fused")
+    work = workload(config, shape, latents, files, ranks, "fused")
     flops = phase_flops(config, shape, latents, 1)
     return [
         f"# model of the real size: {config.student.init_from}, random weights never made",
@@ -259,17 +279,17 @@ def model_lines(
             f"{phase:<14}{model / 1e12:>10.1f} TFLOP a rollout,{executed / 1e12:>10.1f} executed"
             for phase, (model, executed) in flops.items()
         ),
-        f"# memory of one of {ranks} ranks, {work.rollouts_per_gpu} rollouts each, micro batch {engines[0].micro}",
+        f"# memory of one of {ranks} ranks, {work.rollouts_per_gpu} rollouts each, micro batch {work.student.micro}",
         *describe_memory(plan_memory(work)),
     ]
 
 
 def print_rows(rows: list[Row]) -> None:
     """The columns a person compares."""
-    print(f"{'phase':<14}{'s':>10}{'tokens/s':>12}{'TFLOP':>12}{'MFU':>8}{'peak GiB':>10}{'FPS':>9}")
+    print(f"{'phase':<14}{'s':>10}{'tokens/s':>12}{'TFLOP':>12}{'MFU':>8}{'peak GiB':>10}{'planned':>9}{'FPS':>9}")
     for row in rows:
         numbers = f"{row.seconds:>10.3f}{row.tokens_s:>12.0f}{row.tflop:>12.4f}{row.mfu:>8.1%}"
-        print(f"{row.phase:<14}{numbers}{row.peak_gib:>10.2f}{row.fps:>9.2f}")
+        print(f"{row.phase:<14}{numbers}{row.peak_gib:>10.2f}{row.planned_gib:>9.2f}{row.fps:>9.2f}")
 
 
 def append_rows(rows: list[Row], path: Path) -> None:
@@ -317,7 +337,8 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(model_lines(config, shape, latents, files, arguments.gpus)))
         run = (config, shape, latents) if has_gpu else tiny(config, shape)
         timers = run_steps(*run, files, arguments.steps, world)
-        rows = measured_rows(arguments, *run, "real" if has_gpu else "tiny", world, timers)
+        planned = plan_memory(workload(*run, files, world.size, "fused" if has_gpu else "eager"))
+        rows = measured_rows(arguments, *run, "real" if has_gpu else "tiny", world, timers, planned)
     finally:
         close_world()
     if world.is_main:

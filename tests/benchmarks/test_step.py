@@ -82,3 +82,5 @@ def test_the_command_runs_without_a_gpu(tmp_path: Path) -> None:
     assert [row["phase"] for row in rows] == ["rollout", "discriminator", "score", "update"]
     assert {row["size"] for row in rows} == {"tiny"}
     assert all(float(row["seconds"]) > 0 for row in rows)
+    planned = {row["phase"]: float(row["planned_gib"]) for row in rows}
+    assert min(planned["rollout"], planned["discriminator"], planned["update"]) > 0
