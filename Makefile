@@ -21,7 +21,7 @@ help:
 	  'make test-slow  tests that start processes or train' \
 	  'make test-fuzz  300 wrong videos, captions and shards' \
 	  'make test-gpu   tests that need a CUDA device' \
-	  'make test-memory  profiled memory of real steps against the plan (not in CI: see docs/planning.md)' \
+	  'make test-memory  memory and collectives of real steps against the plan (part of test-slow)' \
 	  'make test-browser  the live player in a headless chromium (apt-get installs it if need be)' \
 	  'make test-triton-3.6  the kernels in the interpreter and as machine code with triton 3.6.0' \
 	  'make test-slurm batch scripts under a real Slurm, installed by apt-get where absent (root)' \
@@ -50,7 +50,7 @@ test: $(STAMP)
 	python -m pytest -q
 
 test-slow: $(STAMP)
-	python -m pytest -q -m "slow and not gpu and not memory"
+	python -m pytest -q -m "slow and not gpu"
 
 test-fuzz: $(STAMP)
 	python -m pytest -q -m slow tests/afd/preparation/test_fuzz.py
@@ -59,7 +59,7 @@ test-gpu: $(STAMP)
 	python -m pytest -q -m gpu
 
 test-memory: $(STAMP)
-	python -m pytest -q -m memory
+	python -m pytest -q -m slow tests/afd/planning/test_measured.py
 
 test-browser: $(STAMP)
 	bash tests/install_browser.sh

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from afd.planning.activations import backward_workspace_bytes, discriminator_saved_bytes, saved_bytes
 from afd.planning.operations import student_layout
-from afd.planning.workload import Workload
+from afd.planning.workload import EngineSettings, Workload
 
 GIB = 2**30
 _MASTER, _MOMENTS, _AVERAGES = 4, 8, 12  # bytes per trained parameter; three float32 averages
@@ -145,6 +145,13 @@ def _rollout(work: Workload) -> dict[str, int]:
     }
 
 
+def _reduction_buckets(engine: EngineSettings, trained: int) -> int:
+    """Bytes of gradients on their way: stages 1 and 2 allocate a bucket whole, however small the model is, and a second
+    one when they overlap; stage 0 flattens what there is."""
+    size = engine.reduce_bucket * (1 + engine.overlaps)
+    return (size if engine.stage in (1, 2) else min(size, trained)) * engine.width
+
+
 def _discriminator(work: Workload) -> dict[str, int]:
     engine, count = work.discriminator, work.discriminator_parameters.total
     clips = work.clips_per_pair * engine.micro * work.windows[0]
@@ -153,7 +160,7 @@ def _discriminator(work: Workload) -> dict[str, int]:
         kernels=work.kernels,
     )  # fmt: skip
     pairs = work.rollouts_per_gpu * _clip_elements(work) * 4
-    bucket = min(engine.reduce_bucket * (1 + engine.overlaps), count) * engine.width
+    bucket = _reduction_buckets(engine, count)
     shards = work.num_gpus if engine.stage else 1
     gradients = count * engine.grad_width + bucket + count * 4 // shards  # the last: this rank's part, in float32
     return {
@@ -167,7 +174,7 @@ def _update(work: Workload) -> dict[str, int]:
     one, engine, count = work.update_pass, work.student, work.parameters
     full = engine.stage < 3
     gradients = count.trained * engine.grad_width if full else (count.adapter or count.block) * engine.width
-    bucket = min(engine.reduce_bucket * (1 + engine.overlaps), count.trained) * engine.width if full else 0
+    bucket = _reduction_buckets(engine, count.trained) if full else 0
     states = 4 + work.has_old_pass + work.has_prior_pass
     return {
         "gathered block": _gathered_blocks(work),

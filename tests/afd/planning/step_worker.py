@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.autograd.profiler import record_function
-from torch.profiler import ProfilerActivity, profile
 
 from afd.config import StudentShape
 from afd.config_file import load_config
@@ -24,7 +23,9 @@ from afd.train.preflight import plan_run
 from afd.types import VideoBatch
 
 ROOT = Path(__file__).parents[3]
-Collectives: Any = runpy.run_path(str(ROOT / "benchmarks" / "collectives.py"))["Collectives"]  # no package
+BENCHMARKS = ROOT / "benchmarks"
+ALLOCATIONS: Any = runpy.run_path(str(BENCHMARKS / "allocations.py"))  # no package
+Collectives: Any = runpy.run_path(str(BENCHMARKS / "collectives.py"))["Collectives"]
 
 parser = argparse.ArgumentParser()
 parser.add_argument("result", type=Path)
@@ -51,20 +52,6 @@ class Phases(StepTimer):
             yield
 
 
-def peaks(profiler: Any) -> dict[str, int]:
-    """Largest number of allocated bytes during each phase of the last profiled step, and what is held after it."""
-    events = profiler.profiler.kineto_results.events()
-    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    spans = {e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name().startswith("phase ")}
-    result, held = dict.fromkeys(spans, 0), 0
-    for at, size in memory:
-        held += size
-        for name, (start, end) in spans.items():
-            if start <= at <= end:
-                result[name] = max(result[name], held)
-    return {name.removeprefix("phase "): value for name, value in result.items()} | {"after": held}
-
-
 def batch_of(prompts: int, latents: tuple[int, ...], shape: StudentShape) -> VideoBatch:
     ids = [world.rank * prompts + i for i in range(prompts)]
     clips = torch.stack([torch.randn(latents, generator=seeded_generator(1, i)) for i in ids])
@@ -80,19 +67,22 @@ def measure(index: int, case: dict[str, Any]) -> dict[str, Any]:
     config = load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *case["overrides"]])
     ds_student, ds_discriminator = case["ds_student"], case["ds_discriminator"]
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with ALLOCATIONS["counting"]():
+        before = ALLOCATIONS["allocated"]()
         plan = plan_run(config, ds_student, ds_discriminator, world_size=world.size)
         roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
         batch = batch_of(plan.prompts_per_rank, plan.latents, shape)
+        afd_step(roles, batch, config, 0, world=world, timer=Phases())
         gc.collect()
-        for step in range(2):
-            afd_step(roles, batch, config, step, world=world, timer=Phases())
-        gc.collect()
+        with ALLOCATIONS["profiler"]() as profiler:
+            afd_step(roles, batch, config, 1, world=world, timer=Phases())
+            gc.collect()
+    peaks = {phase: size - before for phase, size in ALLOCATIONS["peaks"](profiler).items()}
     with Collectives() as collectives:
         afd_step(roles, batch, config, 2, world=world, timer=Phases(collectives))
     KEPT.append(roles)  # engines are never freed here: their memory would be missing from the next case's balance
     moved = {phase: collectives.bulk(phase) for phase in ("rollout", "discriminator", "update")}
-    return {"peaks": peaks(profiler), "collectives": moved}
+    return {"peaks": peaks, "collectives": moved}
 
 
 KEPT: list[Any] = []

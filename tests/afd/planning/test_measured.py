@@ -84,7 +84,6 @@ def measured(request: pytest.FixtureRequest, launch: Any, tmp_path_factory: pyte
     return ranks, dict(zip(CASES[ranks], results, strict=True))
 
 
-@pytest.mark.memory
 def test_peaks_are_within_ten_percent(measured: Any) -> None:
     ranks, results = measured
     for name, result in results.items():
