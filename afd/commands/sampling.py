@@ -121,6 +121,8 @@ def _load(arguments: argparse.Namespace, num_images: int) -> tuple[CausalStudent
 
     config = load_config(arguments.config) if arguments.config else RunConfig()
     path = arguments.checkpoint or config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
+    if not path.exists():
+        raise ConfigError(f"--checkpoint (or student.init_from) {path} does not exist")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if path.is_file() or any((path / name).is_file() for name in ("config.json", "model_index.json")):
         given = config.student.model_dump()

@@ -130,6 +130,8 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
             f"student must have in_channels = out_channels = {channels}, the channels of encoders.codec = "
             f"{config.encoders.codec}, got {shape.in_channels} and {shape.out_channels}"
         )
+    if config.encoders.codec == "wan_vae" and config.encoders.vae_path is None:
+        raise ConfigError("encoders.vae_path must name an AutoencoderKLWan folder for codec wan_vae, got none")
     discriminator = config.discriminator.shape
     is_latent = config.discriminator.kind != "vlm"
     if is_latent and discriminator.in_channels != channels:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -224,17 +225,27 @@ def _open_safetensors(path: Path) -> WeightSource:
     return _renamed(f"student weights {path}", tensors, facts, None if alpha is None else float(alpha))
 
 
+_NO_TORCH_FILE = "student weights {} must be a torch file of tensors: it is damaged, cut short, or another kind of file"
+# What reading bytes that are no pickle ends in, by what the bytes happen to say.
+_NOT_A_PICKLE = (
+    *(RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError),
+    *(AttributeError, AssertionError, OverflowError, struct.error),
+)
+
+
 def _open_torch(path: Path, which: Which) -> WeightSource:
     # Only zip files, which torch has written since 1.6, can be mapped instead of read.
     try:
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error):
+            raise ValueError(_NO_TORCH_FILE.format(path)) from error
         raise ValueError(
             f"student weights {path} hold Python objects beside tensors, which are not loaded: "
             f"{str(error).splitlines()[0]} Save only the tensors, with a program that you trust."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"student weights {path} must be a torch file of tensors: {error}") from error
+    except _NOT_A_PICKLE as error:
+        raise ValueError(_NO_TORCH_FILE.format(path)) from error
     state = _state_dict(path, content, which)
     tensors = {n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in state.items() if isinstance(t, Tensor)}
     alpha = content.get("lora_alpha")

@@ -1,6 +1,7 @@
 """Students out of every format people have, strictly, from small files with the real names and nesting."""
 
 import json
+import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -215,6 +216,30 @@ def test_files_that_hold_objects_are_not_executed(tmp_path: Path) -> None:
     torch.save({"generator": {"blocks.0.weight": Path("a")}}, tmp_path / "objects.pt")
     with pytest.raises(ValueError, match="hold Python objects beside tensors, which are not loaded"):
         load_student(tmp_path / "objects.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_files_that_are_no_torch_files_are_refused_whatever_they_hold(tmp_path: Path) -> None:
+    """Text, random bytes, and both of torch's formats cut short or with bytes changed."""
+    draw, path = random.Random(0), tmp_path / "student.pt"
+    weights = {"blocks.0.ffn.0.weight": torch.zeros(3, 2), "head.head.weight": torch.zeros(2, 2)}
+    files: list[bytes] = []
+    for is_zip in (True, False):
+        torch.save(weights, path, _use_new_zipfile_serialization=is_zip)
+        files.append(path.read_bytes())
+    cases = [b"", b"hello", b"version https://git-lfs.github.com/spec/v1\n", b"<html></html>"]
+    cases += [draw.randbytes(draw.randrange(100)) for _ in range(60)]
+    cases += [b"\x80\x02" + draw.randbytes(draw.randrange(60)) for _ in range(60)]
+    cases += [whole[: draw.randrange(len(whole))] for whole in files for _ in range(20)]
+    for _ in range(60):
+        changed = bytearray(files[1])
+        for _ in range(3):
+            changed[draw.randrange(len(changed))] = draw.randrange(256)
+        cases.append(bytes(changed))
+    for case in cases:
+        path.write_bytes(case)
+        with pytest.raises(ValueError, match=r"student weights .*student\.pt (must|hold|do)"):  # nothing else comes out
+            load_student(path)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def test_wrong_use_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         ([*out, "--stream", "--then", "soon", "x"], "--then must give SECONDS PROMPT, got 'soon' for the seconds"),
         (["--stream", "--out", "a.avi"], "--out must name an .mp4 in an existing folder, got a.avi"),
         ([*out, "--stream", "--window", "2"], "window_frames must hold a chunk of 3 frames, got 2"),
+        ([*out, "--checkpoint", "no.pt", "--config", "configs/quickstart.yaml"], "no.pt does not exist"),
         ([*out, "--checkpoint", str(tmp_path)], "must be a commit, a checkpoints folder or a run's folder"),
     ]
     for arguments, message in cases:

@@ -126,6 +126,11 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
         ),
         (["encoders.codec=wan_vae"], {}, "student must have in_channels = out_channels = 16"),
         (
+            ["encoders.codec=wan_vae"],
+            {"shape": {"in_channels": 16, "out_channels": 16}},
+            "encoders.vae_path must name an AutoencoderKLWan folder for codec wan_vae, got none",
+        ),
+        (
             ["student.first_chunk_frames=1"],
             {},
             "video.num_frames must be 1 + a multiple of the student's chunk 3, got 12",
