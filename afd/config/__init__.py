@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from afd.config.discriminator import DiscriminatorSection, DiscriminatorShape
+from afd.config.discriminator import BackboneSection, DiscriminatorSection, DiscriminatorShape
 from afd.config.preparation import PrepareSection
 from afd.config.section import NonNegative, Positive, Section
 from afd.config.sources import FolderSection, HttpSection, LiveSection, PipelineSection
@@ -33,6 +33,7 @@ from afd.config.vlm import VLMSection
 
 __all__ = [
     "AveragesSection",
+    "BackboneSection",
     "CheckpointSection",
     "DMDSection",
     "DataSection",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from afd.config.section import Fraction, NonNegative, Positive, Section
 from afd.config.training import LRSchedule
@@ -36,14 +36,54 @@ class DiscriminatorShape(Section):
         return self.num_heads * self.head_dim
 
 
+class BackboneSection(Section):
+    """Heads on a frozen copy of the student's initial backbone (`kind: backbone`)."""
+
+    layers: tuple[NonNegative, ...] | None = None
+    """Blocks, counted from 0 and ascending, whose outputs are judged; None takes the ends of three equal parts. Blocks
+    behind the last one are not loaded."""
+    time: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Diffusion time t that the backbone is told; clips are not noised to it (that is discriminator.input_noise)."""
+    head_width: Annotated[int, Field(gt=0, multiple_of=32)] = 64
+    """Channels inside a head."""
+    num_queries: Positive = 4
+    """Learned queries that pool a clip, per head."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks when the gradient must reach the clips (objective gan); nothing else keeps activations."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> BackboneSection:
+        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(f"layers must be ascending block numbers, got {list(self.layers)}")
+        return self
+
+    def taps(self, num_layers: int) -> tuple[int, ...]:
+        """The blocks that are read, of a student with num_layers.
+
+        Raises:
+            ValueError: a block that the student does not have.
+        """
+        if self.layers is None:
+            return tuple(sorted({max(1, round(num_layers * third / 3)) - 1 for third in (1, 2, 3)}))
+        if self.layers[-1] >= num_layers:
+            raise ValueError(
+                f"discriminator.backbone.layers must be below {num_layers}, the student's number of blocks, "
+                f"got {list(self.layers)}"
+            )
+        return self.layers
+
+
 class DiscriminatorSection(Section):
     """The Bradley-Terry discriminator and its training."""
 
-    kind: Literal["latent", "vlm"] = "latent"
-    """What scores clips: `latent`, a transformer on latents trained from scratch; `vlm`, a vision-language model with
-    adapters, on decoded frames and the prompt's words."""
+    kind: Literal["latent", "backbone", "vlm"] = "latent"
+    """What scores clips: `latent`, a transformer on latents trained from scratch; `backbone`, heads on features of a
+    frozen copy of the initial student; `vlm`, a vision-language model with adapters, on decoded frames and the
+    prompt's words."""
     shape: DiscriminatorShape = DiscriminatorShape()
     """Dimensions of `kind: latent`."""
+    backbone: BackboneSection = BackboneSection()
+    """Of `kind: backbone`."""
     clip_frames: Positive | None = None
     """Latent frames of a window: a long video's score is the mean over num_clips of them. None scores it whole."""
     num_clips: Positive = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from afd.config import DiscriminatorShape, StudentShape
+from afd.config import BackboneSection, DiscriminatorShape, StudentShape
 from afd.planning.operations import student_layout, video_grid
 from afd_kernels import BlockCausalLayout
 
@@ -129,3 +129,16 @@ def discriminator_saved_bytes(
     channels, num_frames, height, columns = latents
     inputs = batch * (channels * num_frames * height * columns + text_len * (shape.text_dim + dim))
     return shape.num_layers * block + (inputs + 2 * tokens * dim) * width
+
+
+def backbone_saved_bytes(
+    shape: StudentShape, section: BackboneSection, latents: tuple[int, int, int, int], *, batch: int, width: int,
+    kernels: Kernels,
+) -> int:  # fmt: skip
+    """Bytes a pass of the backbone discriminator needs: features and what the heads keep for their backward, and one
+    frozen block at work."""
+    frames, rows, columns = video_grid(shape, latents)
+    tokens, taps = batch * frames * rows * columns, len(section.taps(shape.num_layers))
+    heads = taps * tokens * ((2 * shape.dim + 8 * section.head_width) * width + 4 * _STAT)
+    float32 = 2 if width == 2 and kernels == "fused" else 1
+    return heads + tokens * (6 * shape.dim * float32 + 2 * shape.ffn_dim) * width

@@ -57,12 +57,12 @@ def _rollout(work: Workload) -> list[Transfer]:
 
 
 def _discriminator(work: Workload) -> list[Transfer]:
-    engine, count = work.discriminator, work.discriminator_parameters.total
+    engine, count = work.discriminator, work.discriminator_parameters.trained
     size, steps = count * engine.width, work.discriminator_steps
     if engine.stage == 3:
         passes = steps * engine.accumulation * 2 + engine.accumulation / 2
         return [
-            Transfer("all_gather", int(passes * size)),
+            Transfer("all_gather", int(passes * work.discriminator_parameters.total * engine.width)),
             Transfer("reduce_scatter", steps * engine.accumulation * size),
         ]
     transfers = [Transfer("all_reduce", steps * engine.accumulation * size)]

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from afd.planning.activations import backward_workspace_bytes, discriminator_saved_bytes, saved_bytes
+from afd.planning.activations import (
+    backbone_saved_bytes,
+    backward_workspace_bytes,
+    discriminator_saved_bytes,
+    saved_bytes,
+)
 from afd.planning.operations import student_layout
 from afd.planning.workload import EngineSettings, Workload
 
@@ -90,10 +95,10 @@ def _held(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _discriminator_states(work: Workload) -> int:
-    count, engine = work.discriminator_parameters.total, work.discriminator
+    count, engine = work.discriminator_parameters, work.discriminator
     shards = work.num_gpus if engine.stage >= 1 else 1
-    weights = count * engine.width // (work.num_gpus if engine.stage == 3 else 1)
-    return weights + count * (_MASTER + _MOMENTS) // shards
+    weights = count.total * engine.width // (work.num_gpus if engine.stage == 3 else 1)
+    return weights + count.trained * (_MASTER + _MOMENTS) // shards
 
 
 def _clip_elements(work: Workload) -> int:
@@ -153,12 +158,17 @@ def _reduction_buckets(engine: EngineSettings, trained: int) -> int:
 
 
 def _discriminator(work: Workload) -> dict[str, int]:
-    engine, count = work.discriminator, work.discriminator_parameters.total
+    engine, count = work.discriminator, work.discriminator_parameters.trained
     clips = work.clips_per_pair * engine.micro * work.windows[0]
-    saved = discriminator_saved_bytes(
-        work.discriminator_shape, work.window_latents, batch=clips, text_len=work.shape.text_len, width=engine.width,
-        kernels=work.kernels,
-    )  # fmt: skip
+    if work.backbone is None:
+        saved = discriminator_saved_bytes(
+            work.discriminator_shape, work.window_latents, batch=clips, text_len=work.shape.text_len,
+            width=engine.width, kernels=work.kernels,
+        )  # fmt: skip
+    else:
+        saved = backbone_saved_bytes(
+            work.shape, work.backbone, work.window_latents, batch=clips, width=engine.width, kernels=work.kernels
+        )
     pairs = work.rollouts_per_gpu * _clip_elements(work) * 4
     bucket = _reduction_buckets(engine, count)
     shards = work.num_gpus if engine.stage else 1

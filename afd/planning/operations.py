@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from afd.config import DiscriminatorShape, LoRASection, StudentShape
+from afd.config import BackboneSection, DiscriminatorShape, LoRASection, StudentShape
 from afd_kernels import BlockCausalLayout
 
 
@@ -180,6 +180,29 @@ def discriminator_pass(
         operations += [Matmul("expand", tokens, dim, shape.ffn_dim), Matmul("contract", tokens, shape.ffn_dim, dim)]
         operations += [Attention("attn1", tokens * per_clip, dim), Attention("attn2", tokens * text_len, dim)]
     return [*operations, Matmul("head", batch, dim, 1, in_block=False)]
+
+
+def backbone_pass(
+    shape: StudentShape, section: BackboneSection, latents: tuple[int, int, int, int], *, batch: int
+) -> tuple[list[Operation], list[Operation]]:
+    """One pass of the backbone discriminator over `batch` clips: the frozen blocks, and the heads that are trained."""
+    grid, taps, width = video_grid(shape, latents), section.taps(shape.num_layers), section.head_width
+    per_clip = grid[0] * grid[1] * grid[2]
+    tokens, prompt = batch * per_clip, batch * shape.text_len
+    frozen = _embedders(shape, tokens=tokens, times=batch * grid[0], prompts=batch, trains=False)
+    for _ in range(max(taps) + 1):
+        layers = [*_token_projections(shape, tokens, trains=False), *_prompt_projections(shape, prompt, trains=False)]
+        frozen += [*layers, Attention("attn1", tokens * per_clip, shape.dim), _cross(shape, tokens)]
+    heads: list[Operation] = []
+    for _ in taps:
+        heads += [
+            Matmul("project", tokens, shape.dim, width, in_block=False),
+            Matmul("mix", tokens, 27 * width, width, in_block=False),
+            Matmul("keys_values", tokens, width, 2 * width, in_block=False),
+            Attention("pooling", tokens * section.num_queries, width),
+            Matmul("score", batch, section.num_queries * width, 1, in_block=False),
+        ]
+    return frozen, heads
 
 
 def _head(shape: StudentShape) -> tuple[int, int]:

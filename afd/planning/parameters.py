@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from afd.config import DiscriminatorShape, LoRASection, StudentShape
+from afd.config import BackboneSection, DiscriminatorShape, LoRASection, StudentShape
 from afd.planning.operations import Matmul, discriminator_pass, is_adapted, student_pass
 
 
@@ -17,22 +17,24 @@ class ParameterCount:
         outside: of everything else.
         num_layers: blocks.
         adapter: of one block's adapters, on top of `block`; 0 without LoRA.
+        heads: of what alone is trained on top of frozen blocks; 0 for a model that trains them.
     """
 
     block: int
     outside: int
     num_layers: int
     adapter: int = 0
+    heads: int = 0
 
     @property
     def total(self) -> int:
-        """All of them, adapters included."""
-        return self.outside + self.num_layers * (self.block + self.adapter)
+        """All of them, adapters and heads included."""
+        return self.outside + self.num_layers * (self.block + self.adapter) + self.heads
 
     @property
     def trained(self) -> int:
-        """Those with a gradient: the adapters alone, where there are any."""
-        return self.num_layers * self.adapter if self.adapter else self.total
+        """Those with a gradient: the adapters or heads alone, where there are any."""
+        return self.num_layers * self.adapter + self.heads or self.total
 
 
 def count_student(shape: StudentShape, lora: LoRASection | None = None) -> ParameterCount:
@@ -59,3 +61,14 @@ def count_discriminator(shape: DiscriminatorShape) -> ParameterCount:
     outside = sum(each.inputs * each.outputs + each.outputs for each in layers if not each.in_block)
     # Three affine norms, query and key norms of two attentions; the norm before the head.
     return ParameterCount(block + 10 * dim, outside + 2 * dim, shape.num_layers)
+
+
+def count_backbone(shape: StudentShape, section: BackboneSection) -> ParameterCount:
+    """Count a backbone discriminator's parameters: the student's blocks up to the last tapped one, and the heads."""
+    taps, whole, dim, width = section.taps(shape.num_layers), count_student(shape), shape.dim, section.head_width
+    out = shape.out_channels * shape.patch_size[1] * shape.patch_size[2]
+    behind = dim * out + out + 2 * dim
+    # Norm and projection in; 3 x 3 x 3 convolution; norm; keys and values; queries; the score.
+    head = 2 * dim + dim * width + width + 27 * width**2 + width + 2 * width + 2 * width**2 + 2 * width
+    head += 2 * section.num_queries * width + 1
+    return ParameterCount(whole.block, whole.outside - behind, max(taps) + 1, heads=len(taps) * head)

@@ -99,7 +99,12 @@ def _check_chunks(config: RunConfig, shape: StudentShape, latents: tuple[int, in
     except ValueError as error:
         raise ConfigError(f"video.{error}") from error
     _check_windows(config, frames)
-    if config.discriminator.kind == "vlm":
+    if config.discriminator.kind == "backbone":
+        try:
+            config.discriminator.backbone.taps(shape.num_layers)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if config.discriminator.kind != "latent":
         return
     patch, scored = config.discriminator.shape.patch_size, [config.discriminator.clip_frames or frames, height, width]
     if any(size % each for size, each in zip(scored, patch, strict=True)):

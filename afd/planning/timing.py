@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from afd.config import BackboneSection
 from afd.planning.communication import Transfer, plan_transfers
 from afd.planning.hardware import ASSUMED, GPUS_PER_NODE, HOST_ADAM, PCIE, Efficiency, Gpu, Interconnect
 from afd.planning.operations import (
     Attention,
     Operation,
+    backbone_pass,
     discriminator_pass,
     forward_flops,
     rollout_passes,
@@ -142,6 +144,8 @@ def _elementwise(work: Workload, tokens: int, tensors: int) -> float:
 def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
     engine, shape = work.discriminator, work.discriminator_shape
     clips, text_len, latents = engine.micro * work.windows[0], work.shape.text_len, work.window_latents
+    if work.backbone is not None:
+        return _backbone_work(work, work.backbone, clips)
     train = discriminator_pass(shape, latents, batch=work.clips_per_pair * clips, text_len=text_len)
     judge = discriminator_pass(shape, latents, batch=clips, text_len=text_len)
     tokens = clips * math.prod(latents[1:]) // math.prod(shape.patch_size)
@@ -149,6 +153,19 @@ def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
     steps = work.discriminator_steps
     moved = engine.accumulation * forward * (1 + 3 * work.clips_per_pair * steps)
     return [Load([], train, False, engine.accumulation * steps), Load(judge, [], False, engine.accumulation)], moved
+
+
+def _backbone_work(work: Workload, section: BackboneSection, clips: int) -> tuple[list[Load], float]:
+    engine, shape, latents = work.discriminator, work.shape, work.window_latents
+    pairs, steps = work.clips_per_pair * clips, work.discriminator_steps
+    frozen, heads = backbone_pass(shape, section, latents, batch=pairs)
+    judge = [each for part in backbone_pass(shape, section, latents, batch=clips) for each in part]
+    tokens = clips * math.prod(latents[1:]) // math.prod(shape.patch_size)
+    blocks = work.discriminator_parameters.num_layers
+    forward = tokens * shape.dim * engine.width * blocks * _ELEMENTWISE_FORWARD
+    moved = engine.accumulation * forward * (1 + work.clips_per_pair * steps)
+    loads = [Load(frozen, heads, False, engine.accumulation * steps), Load(judge, [], False, engine.accumulation)]
+    return loads, moved
 
 
 def _update_work(work: Workload) -> tuple[list[Load], float]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from afd.config import DiscriminatorShape, LoRASection, RunConfig, StudentShape
+from afd.config import BackboneSection, DiscriminatorShape, LoRASection, RunConfig, StudentShape
 from afd.planning.activations import Kernels, PassShape
-from afd.planning.parameters import ParameterCount, count_discriminator, count_student
+from afd.planning.parameters import ParameterCount, count_backbone, count_discriminator, count_student
 
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size
 _DEFAULT_SUB_GROUP = 1_000_000_000
@@ -74,6 +74,7 @@ class Workload:
 
     Attributes:
         shape, discriminator_shape, latents: of the models and of a clip (C, F, H, W).
+        backbone: of a discriminator on the student's frozen backbone; None for the one of discriminator_shape.
         fps: video frames per second, frames: video frames of a clip.
         num_gpus: ranks.
         group_size: rollouts G per prompt.
@@ -94,6 +95,7 @@ class Workload:
 
     shape: StudentShape
     discriminator_shape: DiscriminatorShape
+    backbone: BackboneSection | None
     latents: tuple[int, int, int, int]
     fps: float
     num_gpus: int
@@ -134,6 +136,8 @@ class Workload:
     @property
     def discriminator_parameters(self) -> ParameterCount:
         """The discriminator's."""
+        if self.backbone is not None:
+            return count_backbone(self.shape, self.backbone)
         return count_discriminator(self.discriminator_shape)
 
     @property
@@ -181,6 +185,7 @@ def build_workload(
     return Workload(
         shape=shape,
         discriminator_shape=config.discriminator.shape,
+        backbone=config.discriminator.backbone if config.discriminator.kind == "backbone" else None,
         latents=latents,
         fps=config.video.fps,
         num_gpus=num_gpus,

@@ -23,11 +23,8 @@ def build_roles(
     config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
 ) -> Roles:
     """Both engines and the three averages of a run; collective."""
-    dtype = torch.bfloat16 if ds_discriminator.get("bf16", {}).get("enabled") else torch.float32
-    student, discriminator = (
-        build_student(config, plan, ds_student),
-        build_discriminator(config, plan, world, dtype=dtype),
-    )
+    student = build_student(config, plan, ds_student)
+    discriminator = build_discriminator(config, plan, world, ds_config=ds_discriminator)
     return roles_around(student, discriminator, config, ds_student, ds_discriminator, world=world)
 
 
@@ -45,7 +42,7 @@ def roles_around(
         real_score=real_score,
         view=build_view(config, world),
         student=student_engine,
-        discriminator=build_engine(discriminator, ds_discriminator),
+        discriminator=build_engine(discriminator, ds_discriminator, leaf_modules=_student_blocks(discriminator)),
         old=ParameterAverage(
             student_engine,
             decay=_old_policy_decay(averages),
@@ -56,6 +53,11 @@ def roles_around(
         reference=ParameterAverage(student_engine, decay=1.0, name="reference"),
         replay=RolloutReplay(num_steps=config.discriminator.replay_steps, share=config.discriminator.replay_share),
     )
+
+
+def _student_blocks(module: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The student's block, where a module has one: ZeRO-3 gathers it as a whole."""
+    return (CausalBlock,) if any(isinstance(each, CausalBlock) for each in module.modules()) else ()
 
 
 def _build_scores(config: RunConfig, *, world: World) -> tuple[Engine | None, CausalStudent | None]:

@@ -133,8 +133,8 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
     if config.encoders.codec == "wan_vae" and config.encoders.vae_path is None:
         raise ConfigError("encoders.vae_path must name an AutoencoderKLWan folder for codec wan_vae, got none")
     discriminator = config.discriminator.shape
-    is_latent = config.discriminator.kind != "vlm"
-    if is_latent and discriminator.in_channels != channels:
+    has_shape = config.discriminator.kind == "latent"
+    if has_shape and discriminator.in_channels != channels:
         raise ConfigError(f"discriminator.shape.in_channels must be {channels}, got {discriminator.in_channels}")
     if config.encoders.text_len > shape.text_len:
         raise ConfigError(
@@ -147,7 +147,7 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
     except ValueError as error:
         raise ConfigError(str(error)) from error
     widths = {"student text_dim": shape.text_dim}
-    widths |= {"discriminator.shape.text_dim": discriminator.text_dim} if is_latent else {}
+    widths |= {"discriminator.shape.text_dim": discriminator.text_dim} if has_shape else {}
     for owner, got in widths.items():
         if got != text_dim:
             raise ConfigError(f"{owner} must be {text_dim}, the width of the text encoder {folder.name}, got {got}")

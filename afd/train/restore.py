@@ -54,7 +54,7 @@ def check_resumable(config: RunConfig, plan: RunPlan) -> None:
         "teacher": (before.teacher, config.teacher),
         "video format": (before.video, config.video),
         "encoder": (before.encoders, config.encoders),
-        "kind of discriminator": (before.discriminator.kind, config.discriminator.kind),
+        "discriminator": (_discriminator_kind(before), _discriminator_kind(config)),
         "VLM": (before.discriminator.vlm, config.discriminator.vlm),
     }
     different += [f"another {name}" for name, (old, new) in pairs.items() if old != new]
@@ -65,6 +65,12 @@ def check_resumable(config: RunConfig, plan: RunPlan) -> None:
             f"output_dir {config.output_dir} holds a run with {'; '.join(different[:3])}: choose another output_dir, "
             "or set that run aside with --fresh"
         )
+
+
+def _discriminator_kind(config: RunConfig) -> tuple[object, ...]:
+    """What a commit's discriminator needs that the commit does not hold: frozen backbones come from the student."""
+    section = config.discriminator
+    return (section.kind, section.backbone, config.student.init_from) if section.kind == "backbone" else (section.kind,)
 
 
 def load_commit(path: Path, *, average: str | None = "ema") -> tuple[CausalStudent, RunConfig]:

@@ -7,12 +7,20 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from afd.config import DiscriminatorShape, LoRASection, StudentShape
+from afd.config import BackboneSection, DiscriminatorShape, LoRASection, StudentShape
+from afd.models.backbone_discriminator import BackboneDiscriminator, backbone_shape
 from afd.models.discriminator import LatentDiscriminator
 from afd.models.lora import add_lora
 from afd.models.student import CausalStudent
-from afd.planning.operations import discriminator_pass, forward_flops, rollout_passes, student_pass, training_flops
-from afd.planning.parameters import count_discriminator, count_student
+from afd.planning.operations import (
+    backbone_pass,
+    discriminator_pass,
+    forward_flops,
+    rollout_passes,
+    student_pass,
+    training_flops,
+)
+from afd.planning.parameters import count_backbone, count_discriminator, count_student
 from afd.planning.shapes import WAN_SHAPES
 from afd.rollout import SamplerTimes, rollout
 
@@ -96,6 +104,22 @@ def test_discriminator_flops_and_parameters_equal_the_counted_ones() -> None:
     expected = counted(lambda: model(latents, prompt).sum().backward())
     assert training_flops(operations, is_checkpointed=False) == expected
     assert count_discriminator(shape).total == sum(p.numel() for p in model.parameters())
+
+
+def test_backbone_discriminator_flops_and_parameters_equal_the_counted_ones() -> None:
+    section = BackboneSection(layers=(0, 1), head_width=32, num_queries=3)
+    model = BackboneDiscriminator(CausalStudent(backbone_shape(SHAPE, (0, 1))), (0, 1), section)
+    frozen, heads = backbone_pass(SHAPE, section, LATENTS, batch=3)
+    latents, _, prompt = inputs(3)
+    with torch.no_grad():
+        features, grid = model.features(latents, prompt)
+        assert forward_flops(frozen) == counted(lambda: model.features(latents, prompt))
+        assert forward_flops(heads) == counted(lambda: [h(x, grid) for h, x in zip(model.heads, features, strict=True)])
+    expected = counted(lambda: model(latents, prompt).sum().backward())
+    assert forward_flops(frozen) + training_flops(heads, is_checkpointed=False) == expected
+    count = count_backbone(SHAPE, section)
+    assert count.total == sum(p.numel() for p in model.parameters())
+    assert count.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(("name", "total"), [("wan-1.3b", 1_418_996_800), ("wan-14b", 14_288_491_584)])

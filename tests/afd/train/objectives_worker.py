@@ -301,6 +301,8 @@ result: dict[str, Any] = {
         f"dmd.ds_config={options.result.parent / 'critic.json'}",
     ),
     "LoRA": train("student.lora.rank=4", "student.lora.alpha=8"),
+    "backbone, stage 3": train("discriminator.kind=backbone", *WINDOWS, stages=(3, 3)),
+    "backbone, gan": train("discriminator.kind=backbone", "objective=gan"),
 }
 if world.size == 1:
     result |= {"hand": engine_against_hand(), "signs": signs()}

@@ -8,6 +8,7 @@ import pytest
 WORKER = Path(__file__).with_name("objectives_worker.py")
 CASES = ("ema", "current", "plain", "stage 3 + stage 3", "two updates", "watched D", "terminal", "LoRA")
 BASELINES = ("sft", "gan", "gan, non-saturating", "dmd")
+BACKBONES = ("backbone, stage 3", "backbone, gan")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def relative_difference(a: float, b: float) -> float:
     return abs(a - b) / max(1.0, abs(a))
 
 
-@pytest.mark.parametrize("case", [*CASES, *BASELINES])
+@pytest.mark.parametrize("case", [*CASES, *BASELINES, *BACKBONES])
 def test_two_ranks_train_like_one_process(one: dict[str, Any], two: dict[str, Any], case: str) -> None:
     for step, (alone, shared) in enumerate(zip(one[case]["rows"], two[case]["rows"], strict=True)):
         assert alone.keys() == shared.keys()
@@ -34,7 +35,7 @@ def test_two_ranks_train_like_one_process(one: dict[str, Any], two: dict[str, An
 
 
 def test_two_ranks_reach_the_weights_of_one_process(one: dict[str, Any], two: dict[str, Any]) -> None:
-    for case in (*CASES, *BASELINES):
+    for case in (*CASES, *BASELINES, *BACKBONES):
         for name, values in one[case]["weights"].items():
             assert values == pytest.approx(two[case]["weights"][name], abs=1e-6), f"{case}: {name}, float32"
 
@@ -102,6 +103,15 @@ def test_dmd_moves_the_student_every_few_critic_steps(one: dict[str, Any]) -> No
     assert all("critic/loss" in row for row in rows)
     assert ["student/dmd_gradient" in row for row in rows] == [True, False, True]
     assert one["dmd"]["student_steps"] == 2
+
+
+@pytest.mark.parametrize("case", BACKBONES)
+def test_backbone_discriminator_learns_and_leads_the_student(one: dict[str, Any], case: str) -> None:
+    rows = one[case]["rows"]
+    assert rows[0]["discriminator/margin"] == 0.0, "its heads start at zero"
+    assert rows[-1]["discriminator/margin"] > 1e-3
+    assert one[case]["student_steps"] == 3
+    assert all(row["student/grad_norm"] > 0 for row in rows[2:])
 
 
 def test_supervised_fine_tuning_asks_no_discriminator(one: dict[str, Any]) -> None:

@@ -152,6 +152,11 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
             "discriminator.clip_frames must be at most 12, the video's latent frames, got 15",
         ),
         (
+            ["discriminator.kind=backbone", "discriminator.backbone.layers=[0, 5]"],
+            {},
+            "discriminator.backbone.layers must be below",
+        ),
+        (
             ["discriminator.clip_frames=9", "discriminator.num_clips=5"],
             {},
             "discriminator.num_clips must be at most 4, the places of 9 frames in a video of 12, got 5",
