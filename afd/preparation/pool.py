@@ -26,6 +26,8 @@ from afd.teachers.base import SourceVideo
 
 Job = TypeVar("Job")
 _CHUNK = 1 << 20
+# Decoded clips that may wait for the encoder: an 81-frame clip of 480 x 832 takes 388 MB.
+_WAITING_BYTES = 4 << 30
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class DecoderPool:
 
     def __init__(self, wanted: ClipFormat, *, num_workers: int, timeout_s: float) -> None:
         self._wanted, self._num_workers, self._timeout_s = wanted, num_workers, timeout_s
+        clip_bytes = wanted.num_frames * wanted.height * wanted.width * 3 * 4
+        self._ahead = max(1, min(2 * num_workers, _WAITING_BYTES // clip_bytes))
         self._own = threading.local()
         self._processes: list[_Process] = []
 
@@ -57,7 +61,7 @@ class DecoderPool:
             for job in jobs:
                 video = video_of(job)
                 pending.append((job, None if video is None else threads.submit(self._decode, video)))
-                while len(pending) > 2 * self._num_workers or (pending and pending[0][1] is None):
+                while len(pending) > self._ahead or (pending and pending[0][1] is None):
                     yield _resolve(pending.popleft())
             while pending:
                 yield _resolve(pending.popleft())
