@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
@@ -192,3 +193,10 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Remove what `write_whole` leaves in a folder when its process is killed."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}", path.name):
+            path.unlink()

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from afd.config import RunConfig
+from afd.data.mds import drop_unfinished
 from afd.data.schema import Reject, Sample, settings_fingerprint
 from afd.data.writer import (
     NUM_LOGGED,
@@ -245,6 +246,7 @@ class _Preparation:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             self._plan.base.link(split, folder)
+        drop_unfinished(folder)
         shards = ShardFolder(
             folder,
             shard_bytes=int(self._plan.config.prepare.shard_mib * 2**20),

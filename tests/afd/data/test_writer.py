@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from afd.data.loader import read_all
-from afd.data.mds import COMPRESSION, HASHES
+from afd.data.mds import COMPRESSION, HASHES, drop_unfinished, write_whole
 from afd.data.schema import COLUMNS, Reject, Sample, load_streaming, settings_fingerprint, to_row
 from afd.data.writer import shards_match, write_shards
 
@@ -123,3 +123,22 @@ def test_full_disk_is_said_before_writing(
     with pytest.raises(OSError, match=r"disk too full for shards at .*: need \d+ bytes, 1 are free"):
         write_shards([sample(0)], tmp_path / "shards", metadata={})
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_write_leaves_is_dropped_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "shard.00000.mds.zstd", b"whole")
+    (tmp_path / ".kept").write_text("not ours")
+
+    def stop(*_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr("os.replace", stop)
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(tmp_path / "shard.00001.mds.zstd", b"half")
+    assert len(list(tmp_path.iterdir())) == 3
+    drop_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".kept", "shard.00000.mds.zstd"]
