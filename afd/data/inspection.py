@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,22 @@ def read_folder(shards: Path) -> Iterator[Sample]:
     record = read_record(Path(shards))
     for shard in record.shards:
         yield from _read_shard(record, shard)
+
+
+def read_rows(shards: Path, numbers: Collection[int]) -> list[Sample]:
+    """The rows of these numbers, counted from 0 in the order of writing; only their shards are read.
+
+    Raises:
+        ValueError: as `read_folder`.
+    """
+    record, begin, rows = read_record(Path(shards)), 0, []
+    for shard in record.shards:
+        end = begin + shard.num_samples
+        if any(begin <= number < end for number in numbers):
+            samples = enumerate(_read_shard(record, shard), start=begin)
+            rows += [sample for number, sample in samples if number in numbers]
+        begin = end
+    return rows
 
 
 def _read_shard(record: DatasetRecord, shard: ShardRecord) -> Iterator[Sample]:

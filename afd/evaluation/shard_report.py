@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from afd.config import EncodersSection
-from afd.data.inspection import read_folder
+from afd.data.inspection import read_folder, read_rows
 from afd.data.integrity import read_record
 from afd.data.schema import Sample
 from afd.data.writer import REJECTS_FILE
@@ -147,7 +147,7 @@ def _spread(shards: Path, count: int) -> list[Sample]:
     if count < 1:
         raise ValueError(f"the number of videos must be >= 1, got {count}")
     wanted = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
-    return [sample for i, sample in enumerate(read_folder(shards)) if i in wanted]
+    return read_rows(shards, wanted)
 
 
 def write_summary(folders: Mapping[str, Path], path: Path, *, num_videos: int = 12) -> Path:

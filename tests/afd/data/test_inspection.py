@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from afd.data import writer
-from afd.data.inspection import inspect, merge, read_folder
+from afd.data.inspection import inspect, merge, read_folder, read_rows
 from afd.data.loader import read_all
 from afd.data.mds import decode_row, encode_row
 from afd.data.schema import Sample, to_row
@@ -25,6 +25,13 @@ def test_a_good_folder_has_no_problems_and_reads_as_the_loader_reads_it(shards: 
     for first, second in zip(read_folder(shards), read_all(shards), strict=True):
         assert torch.equal(first.latents, second.latents)
         assert dataclasses.replace(first, latents=second.latents, prompt_embeds=second.prompt_embeds) == second
+
+
+def test_single_rows_are_read_from_their_shards_alone(shards: Path) -> None:
+    whole = [sample.source_id for sample in read_folder(shards)]
+    assert [sample.source_id for sample in read_rows(shards, {0, 7, 22})] == [whole[i] for i in (0, 7, 22)]
+    (shards / "shard.00001.mds.zstd").unlink()
+    assert [sample.source_id for sample in read_rows(shards, {22, 0})] == [whole[0], whole[22]]
 
 
 def test_every_problem_is_named_by_shard_and_row(
