@@ -118,3 +118,8 @@ class DiscriminatorSection(Section):
     """Expected share of pairs whose rollout comes from an earlier step, against cycling."""
     replay_steps: Positive = 8
     """Steps of rollouts kept for that, on each rank's CPU."""
+    probe_pairs: NonNegative = 8
+    """Held-out teacher clips, each with the initial student's rollout, that D is measured on and never trained on:
+    what changes there is D alone. 0 measures nothing."""
+    probe_every: Positive = 10
+    """Steps between two measurements of the probe set."""

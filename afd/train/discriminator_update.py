@@ -13,6 +13,7 @@ from afd.diffusion.losses import bradley_terry_loss, gan_discriminator_loss
 from afd.distributed import all_reduce_mean
 from afd.models.clip_windows import draw_windows
 from afd.train.engines import Engine, bare_module
+from afd.train.student_step import engine_facts
 from afd.types import Rollout, VideoBatch
 
 
@@ -88,7 +89,7 @@ def update_discriminator(
         `discriminator/loss` (without the penalty), `/accuracy` (share of pairs ranked right, ties one half),
         `/margin` (mean teacher score minus student score), `/calibration` (mean predicted probability
         sigmoid(margin / temperature) minus accuracy; > 0 is overconfident), `/penalty` and `/held` (1 where no update
-        was made): scalars averaged over all ranks.
+        was made): scalars averaged over all ranks; `/grad_norm` before clipping, `/lr`, `/skipped_steps`.
     """
     pairs = _make_pairs(engine, teacher, rollout, section, generators)
     micro = engine.train_micro_batch_size_per_gpu()
@@ -111,7 +112,8 @@ def update_discriminator(
         totals += torch.stack(values) * (margin.numel() / len(pairs.fake))
     names = [f"discriminator/{name}" for name in ("loss", "accuracy", "margin", "calibration", "penalty")]
     metrics = dict(zip(names, all_reduce_mean(totals), strict=True))
-    return metrics | {"discriminator/held": torch.tensor(float(is_held), device=totals.device)}
+    held = {"discriminator/held": torch.tensor(float(is_held), device=totals.device)}
+    return metrics | held | engine_facts(engine, totals.device, role="discriminator")
 
 
 def _ranking_loss(teacher_scores: Tensor, student_scores: Tensor, section: DiscriminatorSection) -> Tensor:

@@ -37,11 +37,11 @@ def step_student(
     return dict(zip(totals, means, strict=True)) | engine_facts(engine, means.device)
 
 
-def engine_facts(engine: Engine, device: torch.device) -> dict[str, Tensor]:
-    """Gradient norm before clipping, learning rate and skipped steps of the last step."""
+def engine_facts(engine: Engine, device: torch.device, *, role: str = "student") -> dict[str, Tensor]:
+    """`<role>/grad_norm` before clipping, `/lr` and `/skipped_steps` of an engine's last step."""
     facts = {
-        "student/grad_norm": float(engine.get_global_grad_norm() or 0.0),
-        "student/lr": float(engine.get_lr()[0]),
-        "student/skipped_steps": float(engine.skipped_steps),
+        f"{role}/grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        f"{role}/lr": float(engine.get_lr()[0]),
+        f"{role}/skipped_steps": float(engine.skipped_steps),
     }
     return {name: torch.tensor(value, device=device) for name, value in facts.items()}

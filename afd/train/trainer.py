@@ -35,6 +35,7 @@ from afd.train.gan_objective import gan_step
 from afd.train.learning_rate import lr_factor, set_lr
 from afd.train.objectives import Roles, StepTimer, afd_step, warmup_step
 from afd.train.preflight import RunPlan
+from afd.train.probe import DiscriminatorProbe, make_probe_set
 from afd.train.sft_objective import sft_step
 from afd.types import VideoBatch
 
@@ -74,6 +75,8 @@ class Trainer:
             world,
         )
         self._samples: dict[str, np.ndarray] = {}
+        self._probe: DiscriminatorProbe | None = None
+        self._first_probe: list[float] | None = None  # read from a commit
 
     @property
     def _averages(self) -> dict[str, ParameterAverage]:
@@ -119,10 +122,11 @@ class Trainer:
             self.evaluation["base"] = self._evaluate(self.roles.reference)
         if self.step == 0 and self.config.objective in _RANKED:
             self._warm_up()
+        self._start_probe()
         for step in self._steps(self.step, self.config.num_steps, "AFD"):
             metrics = self._train_step(step)
             self.step = step + 1
-            self.tracker.log(self.step, metrics | self._evaluate_at_intervals())
+            self.tracker.log(self.step, metrics | self._probe_at_intervals() | self._evaluate_at_intervals())
             self._write_at_intervals()
 
     def _must_stop(self) -> bool:
@@ -176,6 +180,22 @@ class Trainer:
         means = {name: value["mean"] for name, value in self._evaluate(self.roles.ema).items()}
         return {f"eval/{name}": mean for name, mean in means.items() if mean == mean}  # JSON has no NaN
 
+    def _start_probe(self) -> None:
+        """Make the probe set and measure it before the student's first step, unless that was done before a resume."""
+        num_pairs = self.config.discriminator.probe_pairs
+        if not num_pairs or self.config.objective not in _RANKED or self._must_stop():
+            return
+        pairs = make_probe_set(self.roles, self.evaluator, num_pairs=num_pairs, world=self.world)
+        self._probe = DiscriminatorProbe(pairs, self._first_probe)
+        if self._first_probe is None:
+            self._probe.measure(self.roles.discriminator, self.world.device)
+
+    def _probe_at_intervals(self) -> dict[str, float]:
+        """The discriminator on its probe set, after the first step and every few."""
+        if self._probe is None or (self.step > 1 and self.step % self.config.discriminator.probe_every):
+            return {}
+        return self._probe.measure(self.roles.discriminator, self.world.device)
+
     def _write_at_intervals(self) -> None:
         samples_every, commit_every = self.config.evaluation.samples_every, self.config.checkpoint.every
         is_last = self.step == self.config.num_steps
@@ -217,6 +237,7 @@ class Trainer:
             "evaluation": self.evaluation,
             "replay": self.roles.replay.state_dict(),
             "warmup": self._warmup if self.step == 0 else [],
+            "probe": None if self._probe is None else self._probe.first,
         }
         save_checkpoint(
             self.config.output_dir / "checkpoints",
@@ -238,6 +259,7 @@ class Trainer:
         self.evaluation = restored.state["evaluation"]
         self.roles.replay.load_state_dict(restored.state["replay"])
         self._warmup = restored.state.get("warmup", [])  # absent in commits made before a warm-up could stop
+        self._first_probe = restored.state.get("probe")  # absent in commits made before there was a probe
         self._saved = (len(self._warmup), self.step)
         if self.world.is_main:
             logger.info("resumed from %s at step %d", commit, self.step)

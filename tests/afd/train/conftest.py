@@ -101,6 +101,8 @@ def tiny_knobs(tiny_inputs: Path) -> dict[str, str]:
         "student.init_from": str(tiny_inputs / "student.safetensors"),
         "discriminator.ds_config": str(tiny_inputs / "zero2.json"),
         "discriminator.warmup_steps": "1",
+        "discriminator.probe_pairs": "2",
+        "discriminator.probe_every": "2",
         "rollout.group_size": "2",
         "teacher.num_prompts": "8",
         "teacher.num_heldout_prompts": "2",

@@ -23,6 +23,7 @@ class LinearEngine(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.randn(24, generator=seeded_generator(5), dtype=torch.float64))
         self.micro, self.steps, self.gradient = micro, 0, torch.zeros(24, dtype=torch.float64)
+        self.skipped_steps = 0
 
     def forward(self, latents: Tensor, prompt: Tensor) -> Tensor:
         return latents.flatten(1).double() @ self.a
@@ -32,6 +33,12 @@ class LinearEngine(nn.Module):
 
     def step(self) -> None:
         self.steps += 1
+
+    def get_lr(self) -> list[float]:
+        return [0.25]
+
+    def get_global_grad_norm(self) -> float:
+        return self.gradient.norm().item()
 
     def train_micro_batch_size_per_gpu(self) -> int:
         return self.micro
@@ -78,6 +85,13 @@ def test_discriminator_that_ranks_enough_right_is_held() -> None:
     assert learns.steps == 2
 
 
+def test_learning_rate_and_gradient_norm_are_reported() -> None:
+    engine = LinearEngine(4)
+    metrics = update(engine, DiscriminatorSection())
+    assert (metrics["lr"], metrics["skipped_steps"]) == (0.25, 0.0)
+    assert metrics["grad_norm"] == pytest.approx(engine.gradient.norm().item())
+
+
 def test_calibration_is_confidence_minus_accuracy() -> None:
     engine = LinearEngine(4)
     teacher, rollout = make_batch()
@@ -108,6 +122,7 @@ def test_clips_of_a_pair_share_windows_whatever_the_micro_batch() -> None:
     for micro in (4, 2):
         engine = WindowEngine(micro)
         metrics.append(update(engine, DiscriminatorSection(r1_weight=0.1)))
+        metrics[-1].pop("grad_norm")  # of this engine a sum over micro batches
         assert engine.seen.shape == (3 * micro, 2), "real, fake and nearby, two windows each"
         real, fake, nearby = engine.seen.chunk(3)
         assert torch.equal(real, fake)
