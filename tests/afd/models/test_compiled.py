@@ -1,6 +1,8 @@
 """A compiled rollout computes what the plain one does, and compiles a handful of graphs whatever its length."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +37,19 @@ def test_a_compiled_rollout_changes_nothing(make_student: MakeStudent, rank: int
     assert 2 <= graphs <= 8, "before and after attention, and again where shapes turn out to vary"
     torch.testing.assert_close(rollout(student, prompt, noise, TIMES), plain, rtol=0, atol=1e-12)
     assert counters["stats"]["unique_graphs"] == graphs, "a second rollout compiles nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_machine_code_for_the_cpu_changes_nothing(
+    make_student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rollout.compile: default`, the real code generator: what a GPU gets, but for the target."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    student = make_student(chunk_frames=1, window_frames=2, sink_frames=1)
+    generator = torch.Generator().manual_seed(0)
+    noise, prompt = torch.randn(1, 2, 4, 5, 2, 3, generator=generator), torch.randn(1, 5, 6, generator=generator)
+    plain = rollout(student, prompt, noise, TIMES)
+    student.rollout_compile = "default"
+    torch.testing.assert_close(rollout(student, prompt, noise, TIMES), plain, rtol=0, atol=2e-5)

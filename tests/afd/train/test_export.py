@@ -221,6 +221,29 @@ def test_the_original_names_come_back_bit_by_bit(tmp_path: Path) -> None:
         assert diffusers_name(name) in converted
 
 
+@pytest.mark.parametrize("image", [{"image_dim": 12}, {"image_dim": 12, "image_tokens": 10}])
+def test_image_to_video_students_go_round_bit_by_bit(tmp_path: Path, image: dict[str, int]) -> None:
+    """A diffusers folder, the original's names, our safetensors, and the folder again."""
+    from diffusers import WanTransformer3DModel
+
+    student = tiny(in_channels=36, **image)
+    save_student(student, tmp_path / "s.safetensors", dtype=torch.float32, note={})
+    config = tmp_path / "family.yaml"
+    config.write_text("rollout: {steps: [1000, 500], shift: 5.0}\n")
+    fields = ("--student", "num_heads=2", "text_len=7", "chunk_frames=2")
+    assert export(tmp_path / "s.safetensors", tmp_path / "one", "--config", str(config)) == 0
+    assert export(tmp_path / "one", tmp_path / "o.pt", "--format", "original") == 0
+    names = torch.load(tmp_path / "o.pt", weights_only=True)["generator"].keys()
+    assert {"model.img_emb.proj.1.weight", "model.blocks.1.cross_attn.norm_k_img.weight"} <= names
+    assert ("model.img_emb.emb_pos" in names) == ("image_tokens" in image)
+    assert main(["convert", str(tmp_path / "o.pt"), "--out", str(tmp_path / "c.safetensors"), *fields]) == 0
+    assert export(tmp_path / "c.safetensors", tmp_path / "two", "--config", str(config)) == 0
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path / "two").state_dict()
+    assert loaded.keys() == student.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in student.state_dict().items())
+    assert "pipeline_tag: image-to-video" in (tmp_path / "two" / "README.md").read_text()
+
+
 def test_a_commit_leaves_raw_and_averaged(tmp_path: Path) -> None:
     student = tiny()
     averaged = {name: tensor + 1 for name, tensor in student.state_dict().items()}
