@@ -36,6 +36,9 @@ class RolloutSection(Section):
     compile: Literal["none", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "aot_eager"] = "none"
     """Compile the blocks' fixed-shape step with this mode of `torch.compile` (`reduce-overhead` records CUDA graphs;
     `aot_eager` traces only, for tests). Unmeasured on GPUs."""
+    merge_adapters: bool = False
+    """With LoRA: merge the adapters into the base once per rollout phase, which saves two products per layer and step.
+    Exact to rounding in float32; in bf16 the sum is rounded to the base's grid and small updates vanish."""
     batch_size: Positive | None = None
     """Rollouts generated together; None takes the JSON's micro batch, though without gradients many more fit."""
     group_size: Positive = 4

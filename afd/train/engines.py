@@ -190,6 +190,13 @@ def gathered(engine: Engine) -> Iterator[Any]:
         )
 
 
+def is_gathered_copy(parameter: Any) -> bool:
+    """Whether a ZeRO-3 parameter's whole tensor is a copy that leaving `gathered` drops (alone: its shard)."""
+    shards = (getattr(parameter, name, None) for name in ("ds_tensor", "ds_secondary_tensor"))
+    held = {shard.untyped_storage().data_ptr() for shard in shards if shard is not None}
+    return bool(held) and parameter.data.untyped_storage().data_ptr() not in held
+
+
 def release_gathered(engine: Engine) -> None:
     """Drop whole parameters that a ZeRO-3 forward left behind, so that the next one reads the shards again.
 

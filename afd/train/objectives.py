@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from afd.config import RunConfig
 from afd.diffusion.advantage import group_advantage, normalise_advantage, optimality_weight
 from afd.distributed import World, gather_cat, seeded_generator
+from afd.models.lora import merged_adapters
 from afd.rollout import SamplerTimes, last_step_noise, rollout, rollout_noise, sampler_times
 from afd.train.averaging import ParameterAverage
 from afd.train.discriminator_update import score, update_discriminator
 from afd.train.discriminator_view import DiscriminatorView, latent_view, show
-from afd.train.engines import Engine, gathered
+from afd.train.engines import Engine, gathered, is_gathered_copy
 from afd.train.replay import RolloutReplay
 from afd.train.student_update import make_noised_states, update_student, velocities_of
 from afd.types import NoisedStates, Rollout, VideoBatch
@@ -94,6 +95,8 @@ def roll_out(
         if (policy or config.rollout.policy) == "ema":
             stack.enter_context(roles.old.applied())
         student = stack.enter_context(gathered(roles.student))
+        if config.rollout.merge_adapters:
+            stack.enter_context(merged_adapters(student, is_disposable=is_gathered_copy))
         parts = zip(embeds.split(batch_size), noise.split(batch_size), strict=True)
         latents = torch.cat([rollout(student, prompt, eps, times) for prompt, eps in parts])
     first = world.rank * len(ids)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from afd.models.lora import merge
 from afd.models.weights.sources import LazyTensor, WeightSource
 
 _ADAPTER = re.compile(r"^(?P<layer>.+)\.lora_(?P<part>A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.weight$")
@@ -102,9 +102,3 @@ def _merged(
         return merge(weight.read(), down.read(), up.read(), scale / rank)
 
     return LazyTensor(weight.shape, weight.dtype, read)
-
-
-def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """W [out, in] + scale B [out, r] A [r, in], in at least float32, in W's dtype."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(dtype) + scale * (up.to(dtype) @ down.to(dtype))).to(weight.dtype)

@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny_run
 import torch
+from tiny_run import BATCH, GROUP, SHAPE, adamw
 from torch import Tensor
 
 from afd.config import RunConfig
-from afd.config_file import load_config
 from afd.diffusion.flow_matching import sampler_grid
-from afd.distributed import close_world, init_world, seeded_generator
+from afd.distributed import close_world, init_world
 from afd.models.discriminator import LatentDiscriminator
 from afd.models.student import CausalStudent
 from afd.models.weights import load_student
@@ -35,10 +36,8 @@ from afd.train.sft_objective import sft_step
 from afd.train.student_update import make_noised_states, update_student
 from afd.types import Rollout, VideoBatch
 
-ROOT = Path(__file__).parents[3]
-BATCH, GROUP, SGD_LR = 8, 2, 0.1
+SGD_LR = 0.1
 STEPS = {"afd": afd_step, "sft": sft_step, "gan": gan_step, "dmd": dmd_step}
-SHAPE = (12, 6, 4, 4)  # C, F, H, W: two chunks
 WINDOWS = ("discriminator.clip_frames=3", "discriminator.num_clips=2")
 
 parser = argparse.ArgumentParser()
@@ -50,43 +49,20 @@ world = init_world(600)
 
 
 def json_for(stage: int, optimizer: dict[str, Any], clipping: float = 1.0) -> dict[str, Any]:
-    return {
-        "train_batch_size": BATCH,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clipping,
-        "optimizer": optimizer,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
-
-
-def adamw(lr: float) -> dict[str, Any]:
-    return {"type": "AdamW", "params": {"lr": lr, "eps": 1e-4, "torch_adam": True}}
+    return tiny_run.ds_json(stage, optimizer, gradient_accumulation_steps=1, gradient_clipping=clipping)
 
 
 def configuration(*overrides: str) -> RunConfig:
-    fixed = (
-        f"student.init_from={options.student}",
-        f"rollout.group_size={GROUP}",
-        f"video.num_frames={SHAPE[1]}",
-        f"output_dir={options.result.parent / 'run'}",
-    )
-    return load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *overrides])
+    return tiny_run.configuration(options.student, options.result.parent, *overrides)
+
+
+def batch_at(step: int) -> VideoBatch:
+    return tiny_run.batch_at(step, world)
 
 
 def roles_for(config: RunConfig, student: dict[str, Any], discriminator: dict[str, Any]) -> Roles:
     plan = plan_run(config, student, discriminator, world_size=world.size)
     return build_roles(config, plan, student, discriminator, world=world)
-
-
-def batch_at(step: int) -> VideoBatch:
-    """This rank's share of the step's prompts; sample i is the same wherever it is read."""
-    prompts = BATCH // GROUP
-    every = [step * prompts + i for i in range(prompts)]
-    ids = every[world.rank * prompts // world.size : (world.rank + 1) * prompts // world.size]
-    latents = torch.stack([torch.randn(SHAPE, generator=seeded_generator(1, i)) for i in ids])
-    embeds = torch.stack([torch.randn(16, 32, generator=seeded_generator(2, i)) for i in ids])
-    return VideoBatch(torch.tensor(ids), tuple(map(str, ids)), latents, embeds)
 
 
 def train(*overrides: str, stages: tuple[int, int] = (3, 2)) -> dict[str, Any]:
@@ -303,6 +279,7 @@ result: dict[str, Any] = {
     "LoRA": train("student.lora.rank=4", "student.lora.alpha=8"),
     "backbone, stage 3": train("discriminator.kind=backbone", *WINDOWS, stages=(3, 3)),
     "backbone, gan": train("discriminator.kind=backbone", "objective=gan"),
+    "LoRA, merged": train("student.lora.rank=4", "student.lora.alpha=8", "rollout.merge_adapters=true"),
 }
 if world.size == 1:
     result |= {"hand": engine_against_hand(), "signs": signs()}

@@ -84,6 +84,19 @@ def test_lora_trains_adapters_and_leaves_the_base_bitwise(one: dict[str, Any]) -
     assert any(name.endswith("to_q.base_layer.weight") for name in one["LoRA"]["kept"])
 
 
+def test_rollouts_with_merged_adapters_train_the_same_and_leave_the_base_bitwise(
+    one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    """Alone a rank's gathered weights are its shards themselves; with another they are copies of them."""
+    for ranks in (one, two):
+        merged, separate = ranks["LoRA, merged"], ranks["LoRA"]
+        for mine, other in zip(merged["rows"], separate["rows"], strict=True):
+            assert mine == pytest.approx(other, rel=1e-4, abs=1e-5), "float32"
+        assert merged["kept"] == separate["kept"]
+        for name in merged["kept"]:
+            assert merged["weights"][name] == separate["weights"][name], name
+
+
 def test_full_fine_tuning_moves_every_block(one: dict[str, Any]) -> None:
     assert {"patch_embedding.weight", "proj_out.weight"} <= set(one["ema"]["changed"])
 

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tiny_run
 import torch
+from tiny_run import adamw, ds_json
 
 from afd.config import RunConfig
-from afd.config_file import dump_config, load_config
-from afd.distributed import close_world, init_world, seeded_generator
+from afd.config_file import dump_config
+from afd.distributed import close_world, init_world
 from afd.models.lora import is_old_adapter
 from afd.train import objectives
 from afd.train.builders import build_roles
@@ -21,9 +23,7 @@ from afd.train.objectives import Roles, StepTimer, afd_step
 from afd.train.preflight import plan_run
 from afd.types import VideoBatch
 
-ROOT = Path(__file__).parents[3]
-BATCH, MICRO, GROUP, STEPS = 8, 2, 2, 2  # two micro batches a rank
-SHAPE = (12, 6, 4, 4)  # C, F, H, W: two chunks
+MICRO, STEPS = 2, 2  # two micro batches a rank
 
 parser = argparse.ArgumentParser()
 parser.add_argument("result", type=Path)
@@ -34,38 +34,17 @@ world = init_world(600)
 
 
 def ds_config(stage: int, **more: Any) -> dict[str, Any]:
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
-    return {
-        "train_batch_size": BATCH,
-        "train_micro_batch_size_per_gpu": MICRO,
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4, "torch_adam": True}},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero | more.get("zero", {}),
-        **{name: value for name, value in more.items() if name != "zero"},
-    }
+    zero = {"stage3_max_reuse_distance": 0} | more.pop("zero", {})
+    return ds_json(stage, adamw(1e-2), zero=zero, train_micro_batch_size_per_gpu=MICRO, **more)
 
 
 def configuration(*overrides: str) -> RunConfig:
-    fixed = (
-        f"student.init_from={options.student}",
-        f"rollout.group_size={GROUP}",
-        f"video.num_frames={SHAPE[1]}",
-        f"output_dir={options.result.parent / 'run'}",
-        "discriminator.label_smoothing=0",
-        "discriminator.r1_weight=0",
-    )
-    return load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *overrides])
+    fixed = ("discriminator.label_smoothing=0", "discriminator.r1_weight=0")
+    return tiny_run.configuration(options.student, options.result.parent, *fixed, *overrides)
 
 
 def batch_at(step: int) -> VideoBatch:
-    """This rank's share of the step's prompts."""
-    prompts = BATCH // GROUP
-    every = [step * prompts + i for i in range(prompts)]
-    ids = every[world.rank * prompts // world.size : (world.rank + 1) * prompts // world.size]
-    latents = torch.stack([torch.randn(SHAPE, generator=seeded_generator(1, i)) for i in ids])
-    embeds = torch.stack([torch.randn(16, 32, generator=seeded_generator(2, i)) for i in ids])
-    return VideoBatch(torch.tensor(ids), tuple(map(str, ids)), latents, embeds)
+    return tiny_run.batch_at(step, world)
 
 
 class GatherCount:
