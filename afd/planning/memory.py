@@ -55,6 +55,12 @@ def plan_memory(work: Workload) -> Memory:
     """Bytes by part for a workload."""
     held, host = _held(work)
     phases = {"rollout": _rollout(work), "discriminator": _discriminator(work), "update": _update(work)}
+    if work.vlm is not None:
+        clips = work.rollouts_per_gpu * _clip_elements(work) * 4
+        phases["decoding"] = {
+            "decoding (estimate)": work.vlm.decoding_bytes,
+            "rollouts and pairs": clips + _shown(work),
+        }
     if work.has_old_pass or work.has_prior_pass:
         phases["velocities"] = _velocities(work)
     phases["optimizer"] = _optimizer(work)
@@ -83,6 +89,7 @@ def _held(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
         "averages (old, ema, reference)": averages,
         "reduce bucket": engine.reduce_bucket * engine.width if engine.stage == 3 else 0,
         "discriminator (weights, optimizer)": _discriminator_states(work),
+        "decoder of what a VLM is shown": work.vlm.decoder_bytes if work.vlm is not None else 0,
     }
     host: dict[str, int] = {}
     if engine.offloads_optimizer:
@@ -160,7 +167,9 @@ def _reduction_buckets(engine: EngineSettings, trained: int) -> int:
 def _discriminator(work: Workload) -> dict[str, int]:
     engine, count = work.discriminator, work.discriminator_parameters.trained
     clips = work.clips_per_pair * engine.micro * work.windows[0]
-    if work.backbone is None:
+    if work.vlm is not None:
+        saved = work.vlm.saved_bytes(clips=clips, width=engine.width)
+    elif work.backbone is None:
         saved = discriminator_saved_bytes(
             work.discriminator_shape, work.window_latents, batch=clips, text_len=work.shape.text_len,
             width=engine.width, kernels=work.kernels,
@@ -176,8 +185,13 @@ def _discriminator(work: Workload) -> dict[str, int]:
     return {
         "activations": saved,
         "gradients": gradients,
-        "rollouts and pairs": pairs * (3 + work.clips_per_pair),
+        "rollouts and pairs": pairs * (3 + work.clips_per_pair) + _shown(work),
     }
+
+
+def _shown(work: Workload) -> int:
+    """Frames of all teacher and student clips that a VLM is shown in a step."""
+    return 2 * work.rollouts_per_gpu * work.vlm.shown_bytes if work.vlm is not None else 0
 
 
 def _update(work: Workload) -> dict[str, int]:

@@ -6,6 +6,8 @@ from afd.planning.hardware import ASSUMED
 from afd.planning.memory import GIB, Memory
 from afd.planning.plan import Plan, Remedy, gib
 
+_VLM_NOTE = "discriminator.kind vlm: seconds of decoding are not counted; its activations and decoding are estimates"
+
 
 def describe_plan(plan: Plan, *, price: float) -> str:
     """The text of `afd plan`: parameters, memory by part, work by phase, and what follows."""
@@ -36,6 +38,7 @@ def describe_plan(plan: Plan, *, price: float) -> str:
         f"{step.seconds:.1f} s a step; MFU {step.mfu:.0%}; {step.tokens_per_second:,.0f} tokens/s; "
         f"{step.videos_per_day:,.0f} videos/day; $ {cost:,.0f} per 1000 steps at $ {price:.2f} per GPU-hour",
         f"assumed: {ASSUMED}",
+        *([_VLM_NOTE] if work.vlm is not None else []),
     ]
     return "\n".join(lines)
 

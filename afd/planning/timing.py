@@ -21,6 +21,7 @@ from afd.planning.operations import (
     student_pass,
     training_flops,
 )
+from afd.planning.vlm import VLMPlan
 from afd.planning.workload import Workload
 
 _ELEMENTWISE_FORWARD, _ELEMENTWISE_BACKWARD = 20, 40  # [tokens, dim] tensors read or written around the products
@@ -144,6 +145,8 @@ def _elementwise(work: Workload, tokens: int, tensors: int) -> float:
 def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
     engine, shape = work.discriminator, work.discriminator_shape
     clips, text_len, latents = engine.micro * work.windows[0], work.shape.text_len, work.window_latents
+    if work.vlm is not None:
+        return _vlm_work(work, work.vlm)
     if work.backbone is not None:
         return _backbone_work(work, work.backbone, clips)
     train = discriminator_pass(shape, latents, batch=work.clips_per_pair * clips, text_len=text_len)
@@ -153,6 +156,20 @@ def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
     steps = work.discriminator_steps
     moved = engine.accumulation * forward * (1 + 3 * work.clips_per_pair * steps)
     return [Load([], train, False, engine.accumulation * steps), Load(judge, [], False, engine.accumulation)], moved
+
+
+def _vlm_work(work: Workload, vlm: VLMPlan) -> tuple[list[Load], float]:
+    engine, steps = work.discriminator, work.discriminator_steps
+    pairs = work.clips_per_pair * engine.micro
+    train = [vlm.operations(pairs, learns=learns) for learns in (False, True)]
+    judge = [each for learns in (False, True) for each in vlm.operations(engine.micro, learns=learns)]
+    per_clip = sum(each.tokens * each.dim * each.num_layers for each in vlm.towers) * engine.width
+    moved = engine.accumulation * engine.micro * per_clip * _ELEMENTWISE_FORWARD
+    moved *= 1 + (3 + vlm.is_checkpointed) * work.clips_per_pair * steps
+    return [
+        Load(train[0], train[1], vlm.is_checkpointed, engine.accumulation * steps),
+        Load(judge, [], False, engine.accumulation),
+    ], moved
 
 
 def _backbone_work(work: Workload, section: BackboneSection, clips: int) -> tuple[list[Load], float]:

@@ -8,6 +8,7 @@ from typing import Any
 from afd.config import BackboneSection, DiscriminatorShape, LoRASection, RunConfig, StudentShape
 from afd.planning.activations import Kernels, PassShape
 from afd.planning.parameters import ParameterCount, count_backbone, count_discriminator, count_student
+from afd.planning.vlm import VLMPlan, plan_discriminator_vlm
 
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size
 _DEFAULT_SUB_GROUP = 1_000_000_000
@@ -75,6 +76,7 @@ class Workload:
     Attributes:
         shape, discriminator_shape, latents: of the models and of a clip (C, F, H, W).
         backbone: of a discriminator on the student's frozen backbone; None for the one of discriminator_shape.
+        vlm: of a VLM discriminator; None for the others.
         fps: video frames per second, frames: video frames of a clip.
         num_gpus: ranks.
         group_size: rollouts G per prompt.
@@ -96,6 +98,7 @@ class Workload:
     shape: StudentShape
     discriminator_shape: DiscriminatorShape
     backbone: BackboneSection | None
+    vlm: VLMPlan | None
     latents: tuple[int, int, int, int]
     fps: float
     num_gpus: int
@@ -136,6 +139,8 @@ class Workload:
     @property
     def discriminator_parameters(self) -> ParameterCount:
         """The discriminator's."""
+        if self.vlm is not None:
+            return ParameterCount(0, self.vlm.total - self.vlm.trained, 0, heads=self.vlm.trained)
         if self.backbone is not None:
             return count_backbone(self.shape, self.backbone)
         return count_discriminator(self.discriminator_shape)
@@ -180,12 +185,17 @@ def build_workload(
     engines: tuple[EngineSettings, EngineSettings],
     kernels: Kernels,
 ) -> Workload:
-    """Put a configuration, the student's shape and both engines (student, discriminator) together."""
+    """Put a configuration, the student's shape and both engines (student, discriminator) together.
+
+    Raises:
+        ConfigError: a VLM discriminator's files are not there or do not fit.
+    """
     impl = config.student.attention_impl or shape.attention_impl or "chunks"
     return Workload(
         shape=shape,
         discriminator_shape=config.discriminator.shape,
         backbone=config.discriminator.backbone if config.discriminator.kind == "backbone" else None,
+        vlm=plan_discriminator_vlm(config),
         latents=latents,
         fps=config.video.fps,
         num_gpus=num_gpus,
