@@ -73,6 +73,19 @@ PANELS = (
         reference=0.0,
     ),
     Panel(
+        "Discriminator's calibration",
+        (r"discriminator/calibration",),
+        "Predicted probability minus accuracy: above 0 (dashed) is overconfident; label smoothing keeps it below.",
+        reference=0.0,
+    ),
+    Panel(
+        "Discriminator on its probe set",
+        (r"discriminator/probe_.*",),
+        "Clips that never change and that D never trains on. Drift 0 is a discriminator that stands still; a margin "
+        "that falls is one that forgets the first student.",
+        reference=0.0,
+    ),
+    Panel(
         "Scores",
         (r"rollout/score_(mean|std)", r"discriminator/(teacher|student)_score(_mean)?"),
         "What the discriminator gives the student's rollouts. D moves too, so compare with the margin, not over time.",

@@ -7,15 +7,14 @@ counts. A sign whose metric was not recorded says so instead of passing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from afd.evaluation.discriminator_signs import FailureSign, Series, collapsed_sign, stale_sign
 from afd.evaluation.metric_facts import compare
 
-Series = tuple[np.ndarray, np.ndarray]
-State = Literal["ok", "warning", "unknown"]
+__all__ = ["FailureSign", "failure_signs"]
 
 ACCURACY_TOO_HIGH, ACCURACY_TOO_LOW = 0.98, 0.55
 LEAST_WEIGHT_STD = 0.02
@@ -27,22 +26,15 @@ LARGEST_RESIDUAL_RATIO = 1.5
 LARGEST_DEVIATION_GROWTH = 10.0
 
 
-@dataclass(frozen=True)
-class FailureSign:
-    """One check: what it looks for, what was seen, and what the threshold is."""
-
-    name: str
-    state: State
-    seen: str
-    threshold: str
-
-
-def failure_signs(series: Mapping[str, Series], evaluation: Mapping[str, Any]) -> list[FailureSign]:
+def failure_signs(
+    series: Mapping[str, Series], evaluation: Mapping[str, Any], warmup: Mapping[str, Series] | None = None
+) -> list[FailureSign]:
     """Check a run for every known failure.
 
     Args:
         series: {metric: (steps [T], values [T])}.
         evaluation: content of `evaluation.json`, or empty.
+        warmup: the same as `series` of the discriminator's warm-up, where there was one.
     """
     return [
         _level(
@@ -59,6 +51,8 @@ def failure_signs(series: Mapping[str, Series], evaluation: Mapping[str, Any]) -
             lambda late: late < ACCURACY_TOO_LOW,
             f"accuracy below {ACCURACY_TOO_LOW}: a perfect student, or a discriminator that does not learn",
         ),
+        stale_sign(series),
+        collapsed_sign(series, warmup or {}),
         _level(
             "Scores saturated",
             series,

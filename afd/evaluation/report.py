@@ -102,7 +102,7 @@ def build_report(output_dir: Path) -> Path:
         figures=_figures(series, warmup),
         evaluation_figures=_evaluation_figures(series, evaluation),
         other_figures=_other_figures(series),
-        signs=failure_signs(series, evaluation),
+        signs=failure_signs(series, evaluation, warmup),
         samples=_samples(output_dir / "samples"),
         roles=VIDEO_ROLES,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
