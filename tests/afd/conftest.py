@@ -142,8 +142,9 @@ def write_vlm(folder: Path, *, family: str = "qwen2_vl", seed: int = 0, **vision
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = parts[1](parts[0](text_config=text, vision_config=tower | vision, tie_word_embeddings=True, **ids))
-        for parameter in model.parameters():  # biases and norms too, so that no term is trivial
-            torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1) / 2, std=0.2)
+        for name, parameter in model.named_parameters():  # biases and norms too, so that no term is trivial
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.2)
     model.save_pretrained(folder)
     return folder
 

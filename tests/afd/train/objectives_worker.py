@@ -43,6 +43,7 @@ WINDOWS = ("discriminator.clip_frames=3", "discriminator.num_clips=2")
 parser = argparse.ArgumentParser()
 parser.add_argument("result", type=Path)
 parser.add_argument("student", type=Path)
+parser.add_argument("vlm", type=Path)
 parser.add_argument("--local_rank", type=int)
 options = parser.parse_args()
 world = init_world(600)
@@ -275,6 +276,17 @@ result: dict[str, Any] = {
         "dmd.critic_steps=2",
         f"dmd.real_score={options.student}",
         f"dmd.ds_config={options.result.parent / 'critic.json'}",
+    ),
+    "vlm": train(
+        "discriminator.kind=vlm",
+        f"discriminator.vlm.path={options.vlm}",
+        "discriminator.vlm.vision=full",
+        "discriminator.vlm.min_pixels=256",
+        "discriminator.vlm.max_pixels=1024",
+        "discriminator.input_noise=0.05",
+        "discriminator.r1_weight=0.1",
+        "discriminator.replay_share=0.5",
+        stages=(3, 3),
     ),
     "LoRA": train("student.lora.rank=4", "student.lora.alpha=8"),
     "backbone, stage 3": train("discriminator.kind=backbone", *WINDOWS, stages=(3, 3)),

@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).with_name("objectives_worker.py")
-CASES = ("ema", "current", "plain", "stage 3 + stage 3", "two updates", "watched D", "terminal", "LoRA")
+CASES = ("ema", "current", "plain", "stage 3 + stage 3", "two updates", "watched D", "terminal", "LoRA", "vlm")
 BASELINES = ("sft", "gan", "gan, non-saturating", "dmd")
 BACKBONES = ("backbone, stage 3", "backbone, gan")
 
 
 @pytest.fixture(scope="module")
-def one(launch: Any, tiny_inputs: Path) -> dict[str, Any]:
-    return launch(WORKER, str(tiny_inputs / "student.safetensors"), launcher="plain")
+def one(launch: Any, tiny_inputs: Path, vlm_folder: Path) -> dict[str, Any]:
+    return launch(WORKER, str(tiny_inputs / "student.safetensors"), str(vlm_folder), launcher="plain")
 
 
 @pytest.fixture(scope="module")
-def two(launch: Any, tiny_inputs: Path) -> dict[str, Any]:
-    return launch(WORKER, str(tiny_inputs / "student.safetensors"), ranks=2)
+def two(launch: Any, tiny_inputs: Path, vlm_folder: Path) -> dict[str, Any]:
+    return launch(WORKER, str(tiny_inputs / "student.safetensors"), str(vlm_folder), ranks=2)
 
 
 def relative_difference(a: float, b: float) -> float:
