@@ -78,7 +78,10 @@ def test_a_viewer_sees_frames_while_they_are_made_and_changes_the_prompt(
     _, green = browser.run(BRIGHTEST)
     assert green > 120
     assert re.fullmatch(r"\d+ ms|\d+\.\d\d s", browser.text("#change"))
-    assert browser.text("#prompts").splitlines() == [f"{RED} from frame 0", f"{YELLOW} from frame {changed_at}"]
+    first, second = browser.text("#prompts").splitlines()
+    assert first == f"{RED} from frame 0"
+    assert second.startswith(f"{YELLOW} from frame ")
+    assert shown + 12 <= int(second.split()[-1]) <= changed_at  # playback went on while the driver asked
     browser.screenshot(SCREENSHOTS / "player-yellow.png")
     assert browser.errors() == []
 
