@@ -15,6 +15,7 @@ import torch
 from afd.config import RunConfig, StudentShape
 from afd.config_file import ConfigError, dump_config
 from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, read_text_config, text_encoder_folder
+from afd.models.image_encoder import takes_images
 from afd.models.vlm_builder import plan_vlm
 from afd.models.weights import open_student, read_student_shape
 from afd.planning.hardware import ASSUMED
@@ -125,6 +126,12 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
 
 def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, int, int, int]) -> None:
     channels = latents[0]
+    if takes_images(shape):
+        raise ConfigError(
+            "student must be a text-to-video student to be trained (shards hold no image conditions), got an "
+            f"image-to-video one: in_channels {shape.in_channels}, out_channels {shape.out_channels}, image_dim "
+            f"{shape.image_dim}"
+        )
     if shape.in_channels != channels or shape.out_channels != channels:
         raise ConfigError(
             f"student must have in_channels = out_channels = {channels}, the channels of encoders.codec = "

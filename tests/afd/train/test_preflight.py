@@ -121,9 +121,11 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
         ),
         (
             [],
-            {"shape": {"in_channels": 16}},
-            "student must have in_channels = out_channels = 12, the channels of encoders.codec = dct, got 16 and 12",
+            {"shape": {"in_channels": 16, "out_channels": 16}},
+            "student must have in_channels = out_channels = 12, the channels of encoders.codec = dct, got 16 and 16",
         ),
+        ([], {"shape": {"in_channels": 28}}, "student must be a text-to-video student to be trained (shards hold no"),
+        ([], {"shape": {"image_dim": 8}}, "student must be a text-to-video student to be trained (shards hold no"),
         (["encoders.codec=wan_vae"], {}, "student must have in_channels = out_channels = 16"),
         (
             ["encoders.codec=wan_vae"],
