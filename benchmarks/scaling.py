@@ -174,6 +174,10 @@ def calibrated(seconds: float, batch: int) -> Gpu:
 
 def measured_rows(steps: int) -> list[Row]:
     """Strong (32 rollouts in all) and weak (32 a rank) scaling on real ranks, beside the simulator's seconds."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    device = f"{cores} CPU cores, load {load:.1f} at the start"
+    if load > 1.0:
+        print(f"warning: load {load:.1f}: other processes compete for {cores} cores; only the volumes mean anything")
     runs = {(1, 32): run_ranks(1, 32, steps), (2, 32): run_ranks(2, 32, steps), (2, 64): run_ranks(2, 64, steps)}
     alone = statistics.median(runs[1, 32]["seconds"])
     gpu, two = calibrated(alone, 32), runs[2, 32]
@@ -184,7 +188,7 @@ def measured_rows(steps: int) -> list[Row]:
         f"calibrated on one rank: {gpu.flops * ASSUMED.matmul / 1e9:.2f} GFLOP/s in products; "
         f"gloo {speed / 1e9:.2f} GB/s"
     )
-    rows, device = [], f"{len(os.sched_getaffinity(0))} CPU cores"
+    rows: list[Row] = []
     for scaling, ranks, batch in (("strong", 1, 32), ("strong", 2, 32), ("weak", 1, 32), ("weak", 2, 64)):
         found, work = runs[ranks, batch], cpu_workload(batch, ranks)
         seconds = statistics.median(found["seconds"])
@@ -276,7 +280,7 @@ def plot(rows: list[Row], path: Path) -> None:
     right.bar([x + 0.2 for x in places], [row.simulated_s for row in measured], 0.4, label="simulated")
     right.set_xticks(list(places), names)
     right.set_ylabel("seconds per step")
-    right.set_title("quick start on CPU ranks")
+    right.set_title("quick start on " + (measured[0].device if measured else "CPU ranks"), fontsize=10)
     right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -302,7 +306,8 @@ def main() -> int:
         print(
             f"{row.kind:9} {row.student:22} {row.scaling:6} {row.ranks:5} ranks {row.rollouts:5} rollouts "
             f"{row.seconds:8.2f} s  simulated {row.simulated_s:8.2f} s  efficiency {row.efficiency:5.2f}  "
-            f"sent {row.formula_gb:.4f} GB"
+            + ("" if math.isnan(row.sent_gb) else f"counted {row.sent_gb * 1e3:.6f} MB, ")
+            + f"planned {row.formula_gb * 1e3:.6f} MB a rank"
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "scaling.csv").open("w", newline="") as file:
