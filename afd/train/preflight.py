@@ -186,7 +186,8 @@ def _check_objective(
     if config.discriminator.kind == "vlm":
         if config.objective == "gan":
             raise ConfigError(
-                "discriminator.kind must be latent with objective = gan (no gradient passes the decoder), got vlm"
+                "discriminator.kind must be latent or backbone with objective = gan (no gradient passes the decoder), "
+                "got vlm"
             )
         try:
             plan_vlm(config.discriminator.vlm, config.encoders, config.video)

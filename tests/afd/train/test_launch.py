@@ -138,6 +138,8 @@ def test_other_runs_and_damaged_shards_are_refused_untouched(
     assert f"output_dir {tiny.output} holds a run with num_layers 1, not 2: choose another output_dir" in line
     line = refusal(tiny.arguments(student__lora__rank="2", teacher__num_prompts="9"), capsys, tiny.output)
     assert "holds a run with another LoRA; another teacher" in line
+    line = refusal(tiny.arguments(discriminator__kind="backbone"), capsys, tiny.output)
+    assert "holds a run with another discriminator" in line
 
     shard = next((tiny.output / "data" / "train").glob("shard.*.zstd"))
     shutil.copytree(tiny.output / "data", tiny.inputs / "data", dirs_exist_ok=True)

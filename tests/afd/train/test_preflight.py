@@ -261,7 +261,7 @@ def test_the_description_says_the_arithmetic_and_the_shapes(plan: Plan, tmp_path
     [
         (["discriminator.vlm.path=null"], r"discriminator\.vlm\.path must name a Qwen2-VL or Qwen2\.5-VL folder"),
         (["discriminator.vlm.path=/nowhere"], "discriminator.vlm.path /nowhere must be a folder, which is missing"),
-        (["objective=gan"], r"discriminator\.kind must be latent with objective = gan .*, got vlm"),
+        (["objective=gan"], r"discriminator\.kind must be latent or backbone with objective = gan .*, got vlm"),
         (["discriminator.clip_frames=6"], r"discriminator\.clip_frames must be null with kind vlm .*, got 6"),
         (["discriminator.vlm.num_frames=14"], "must show a multiple of 2 frames, at least 2 and at most the clip's 12"),
         (["discriminator.vlm.init_from=/nowhere"], "init_from /nowhere must hold model_config.json of VideoAlign"),
