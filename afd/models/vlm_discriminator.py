@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd.models.vlm_frames import patchify
@@ -17,6 +18,14 @@ from afd.models.vlm_view import PADDING
 
 Vision = Literal["frozen", "lora", "full"]
 Positions = Literal["multimodal", "sequential"]
+
+
+class ScoreHead(nn.Linear):
+    """One number per vector in float32: scores of one prompt's rollouts differ by less than bfloat16 keeps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Score vectors [..., D] of any dtype: [..., 1] float32."""
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 class VLMDiscriminator(nn.Module):
@@ -41,7 +50,7 @@ class VLMDiscriminator(nn.Module):
         self._positions, self._seconds_per_patch = positions, seconds_per_patch
         embedding: Tensor = self.vlm.get_input_embeddings().weight
         self.score_token = nn.Parameter(embedding.detach().float().mean(dim=0).to(embedding.dtype))
-        self.head = nn.Linear(embedding.shape[1], 1, dtype=embedding.dtype)
+        self.head = ScoreHead(embedding.shape[1], 1, dtype=embedding.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -78,7 +87,7 @@ class VLMDiscriminator(nn.Module):
         # No mask: attention is causal, and the score token stands before all padding.
         hidden = self.vlm.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
         scored: Tensor = hidden.last_hidden_state[rows, at.to(device)]  # [N, D]
-        return self.head(scored).squeeze(-1).float()
+        return self.head(scored).squeeze(-1)
 
     def _token_ids(self, condition: Tensor, lengths: Tensor, num_video: int) -> tuple[Tensor, Tensor]:
         """Ids [N, S] of the whole sequence, one place after the longest text included, and where the video is."""

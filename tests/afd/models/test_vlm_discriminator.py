@@ -158,6 +158,19 @@ def test_checkpointed_gradients_are_the_same(vlm_folder: Path) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_scores_of_a_bfloat16_model_are_finer_than_bfloat16(vlm_folder: Path) -> None:
+    discriminator, view = build(vlm_folder)
+    clips, condition = shown(view)
+    with torch.no_grad():
+        exact = discriminator(clips, condition)
+        for parameter in discriminator.parameters():  # DeepSpeed's cast: parameters alone, rotary frequencies stay
+            parameter.data = parameter.data.bfloat16()
+        scores = discriminator(clips, condition)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+    torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.1)  # 8 bits through four blocks
+
+
 def test_wrong_conditions_are_refused(vlm_folder: Path) -> None:
     discriminator, view = build(vlm_folder)
     clips, condition = shown(view)
