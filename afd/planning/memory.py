@@ -15,6 +15,7 @@ from afd.planning.activations import (
     saved_bytes,
 )
 from afd.planning.operations import student_layout
+from afd.planning.parameters import adapted_weights
 from afd.planning.workload import EngineSettings, Workload
 
 GIB = 2**30
@@ -151,10 +152,18 @@ def _rollout(work: Workload) -> dict[str, int]:
     return {
         "gathered student": _whole_weights(work),
         "swapped-out weights": _swap(work) if work.has_old_pass else 0,
+        "merged weights": _merged(work),
         "KV cache": (2 * shape.num_layers * tokens * shape.dim + prompt) * engine.width,
         "activations": working * engine.width,
         "rollouts and noise": clips * (max(work.num_times) + 3),
     }
+
+
+def _merged(work: Workload) -> int:
+    """Weights with the adapters merged in; gathered ZeRO-3 copies are written over instead."""
+    if not work.merges_adapters or _whole_weights(work):
+        return 0
+    return adapted_weights(work.shape, work.lora) * work.student.width
 
 
 def _reduction_buckets(engine: EngineSettings, trained: int) -> int:

@@ -52,6 +52,13 @@ def count_student(shape: StudentShape, lora: LoRASection | None = None) -> Param
     return ParameterCount(per_block, outside, shape.num_layers, adapter)
 
 
+def adapted_weights(shape: StudentShape, lora: LoRASection) -> int:
+    """Elements of the base weights that have an adapter."""
+    latents = (shape.in_channels, shape.chunk_frames, shape.patch_size[1], shape.patch_size[2])
+    layers = [each for each in student_pass(shape, latents, batch=1) if isinstance(each, Matmul) and each.in_block]
+    return sum(each.inputs * each.outputs for each in layers if is_adapted(each.name, lora))
+
+
 def count_discriminator(shape: DiscriminatorShape) -> ParameterCount:
     """Count a latent discriminator's parameters; equal to the built module's."""
     latents = (shape.in_channels, *shape.patch_size)

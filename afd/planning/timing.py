@@ -127,8 +127,9 @@ def _rollout_work(work: Workload) -> tuple[list[Load], float]:
     count = work.rollouts_per_gpu / micro
     first, others = work.num_times
     passes = rollout_passes(
-        work.shape, work.latents, batch=micro, num_times=others, first_chunk_times=first, lora=work.lora
-    )
+        work.shape, work.latents, batch=micro, num_times=others, first_chunk_times=first,
+        lora=None if work.merges_adapters else work.lora,
+    )  # fmt: skip
     chunk, per_clip = work.shape.chunk_frames, math.prod(work.latents[1:])
     tokens = micro * per_clip // math.prod(work.shape.patch_size)
     forwards = -(-work.latents[1] // chunk) * (work.num_times[1] + 1)

@@ -83,6 +83,7 @@ class Workload:
         rollout_batch: rollouts generated together.
         num_times: denoising passes of the first and of every other chunk.
         lora: adapters of the student; rank 0 is none.
+        merges_adapters: rollouts run with the adapters merged into the base.
         is_checkpointed: gradient checkpointing.
         has_old_pass, has_prior_pass: whether v_old and v_ref need a forward of their own.
         gathers_once: `nft.velocities = one_gather`.
@@ -106,6 +107,7 @@ class Workload:
     rollout_batch: int
     num_times: tuple[int, int]
     lora: LoRASection
+    merges_adapters: bool
     is_checkpointed: bool
     has_old_pass: bool
     has_prior_pass: bool
@@ -203,6 +205,7 @@ def build_workload(
         rollout_batch=config.rollout.batch_size or engines[0].micro,
         num_times=(len(config.rollout.first_chunk_steps or config.rollout.steps), len(config.rollout.steps)),
         lora=config.student.lora,
+        merges_adapters=config.rollout.merge_adapters and config.student.lora.rank > 0,
         is_checkpointed=config.student.gradient_checkpointing,
         has_old_pass=config.rollout.policy == "ema",
         has_prior_pass=config.nft.prior_weight > 0,

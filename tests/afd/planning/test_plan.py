@@ -63,6 +63,17 @@ def test_a_full_fine_tune_of_1_3b_fits_one_gpu() -> None:
     assert plan.step.phases["update"].sent_bytes == 0
 
 
+def test_merged_adapters_save_rollout_products_and_take_memory_only_where_nothing_is_gathered() -> None:
+    merge, three = "rollout.merge_adapters=true", "nft.velocities=three_passes"
+    for gpus, extra in ((1, True), (8, False)):
+        apart, merged = (plan_of(WAN, three, *given, gpus=gpus)[0] for given in ((), (merge,)))
+        full = plan_of(WAN, "student.lora.rank=0", gpus=gpus)[0]
+        assert merged.step.phases["rollout"].flops == full.step.phases["rollout"].flops
+        assert merged.step.phases["rollout"].flops < apart.step.phases["rollout"].flops
+        assert merged.step.phases["update"].flops == apart.step.phases["update"].flops
+        assert bool(merged.memory.phases["rollout"]["merged weights"]) == extra
+
+
 def test_without_recomputation_wan_does_not_fit_and_the_first_proposal_is_recomputation() -> None:
     plan, changes = plan_of(WAN, "student.gradient_checkpointing=false")
     assert not plan.fits
