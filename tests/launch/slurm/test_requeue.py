@@ -80,12 +80,6 @@ class Job:
             assert time.monotonic() < deadline, f"{self.states()} {self.starts()}\n{logs}\n{self.cluster.run('squeue')}"
             time.sleep(0.2)
 
-    def start_again(self, number: str | None = None) -> None:
-        """Slurm lets a requeued job wait two minutes, and ends what is left of its first start meanwhile; a test gives
-        it a few seconds."""
-        time.sleep(5)
-        self.cluster.run("scontrol", "update", f"JobId={number or self.number}", "StartTime=now")
-
 
 def test_each_ending_has_its_own_consequence(cluster: Any, tmp_path: Path) -> None:
     """One time limit, one array, one cancellation, one preparation: side by side, because Slurm takes its time."""
@@ -93,7 +87,7 @@ def test_each_ending_has_its_own_consequence(cluster: Any, tmp_path: Path) -> No
     array = Job(cluster, tmp_path, "stop", kind="sweep", sweep=(("a='x y'",), ("b=$HOME",)))
     array.wait_for(lambda: array.starts() == [("0", 0), ("1", 0)] and array.states() == {"PENDING"})
     for task in ("0", "1"):
-        array.start_again(f"{array.number}_{task}")
+        cluster.start_again(f"{array.number}_{task}")
     array.wait_for(lambda: array.states() == {"COMPLETED"})
     assert array.starts() == [("0", 0), ("0", 1), ("1", 0), ("1", 1)], "each task was started once more, by itself"
     assert {tuple(argv[-2:]) for argv in array.argv()} == {
@@ -109,12 +103,12 @@ def test_each_ending_has_its_own_consequence(cluster: Any, tmp_path: Path) -> No
     prepared.wait_for(lambda: prepared.starts() == [("-", 0)])
     cluster.run("scancel", "--signal=TERM", prepared.number)  # to its steps, as a preemption does
     prepared.wait_for(lambda: prepared.states() == {"PENDING"})
-    prepared.start_again()
+    cluster.start_again(prepared.number)
     prepared.wait_for(lambda: prepared.states() == {"COMPLETED"})
     assert prepared.starts() == [("-", 0), ("-", 1)]
 
     limited.wait_for(lambda: limited.states() == {"PENDING"}, 90)
-    limited.start_again()
+    cluster.start_again(limited.number)
     limited.wait_for(lambda: limited.states() == {"COMPLETED"})
     assert limited.starts() == [("-", 0), ("-", 1)]
     assert cancelled.states() == {"CANCELLED"}, "what a user cancels stays cancelled"
