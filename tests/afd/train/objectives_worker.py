@@ -21,6 +21,7 @@ from afd.train.builders import build_roles
 from afd.train.dmd_objective import dmd_step
 from afd.train.engines import consolidated_weights
 from afd.train.gan_objective import gan_step
+from afd.train.learning_rate import set_lr
 from afd.train.objectives import (
     DISCRIMINATOR,
     FORWARD,
@@ -28,6 +29,7 @@ from afd.train.objectives import (
     Roles,
     StepTimer,
     afd_step,
+    roll_out,
     sample_generators,
     warmup_step,
 )
@@ -230,6 +232,51 @@ def gan_against_hand() -> dict[str, float]:
     }
 
 
+def sft_against_hand() -> dict[str, float]:
+    """One SFT step's parameter change under plain SGD, against the mean squared velocity error in float64."""
+    config = configuration("objective=sft", "nft.time_sampling=uniform")
+    sgd = {"type": "SGD", "params": {"lr": SGD_LR}}
+    roles = roles_for(config, json_for(3, sgd, clipping=0.0), json_for(2, adamw(0.0)))
+    before, batch = consolidated_weights(roles.student), batch_at(0)
+    sft_step(roles, batch, config, 0, world=world, timer=StepTimer())
+    measured = -(flat(consolidated_weights(roles.student)) - flat(before)) / SGD_LR
+    student = load_student(options.student).double()
+    student.load_state_dict({name: each.double() for name, each in before.items()})
+    x0 = batch.latents.repeat_interleave(GROUP, dim=0).double()
+    prompt = batch.prompt_embeds.repeat_interleave(GROUP, dim=0).double()
+    uniforms, noises = [], []
+    for generator in sample_generators(batch, GROUP, config.seed, FORWARD, 0):
+        uniforms.append(torch.rand(2, generator=generator))
+        noises.append(torch.randn(SHAPE, generator=generator))
+    u, shift = torch.stack(uniforms), config.rollout.shift
+    t = (shift * u / (1 + (shift - 1) * u)).repeat_interleave(3, dim=1).double()
+    eps, time = torch.stack(noises).double(), t[:, None, :, None, None]
+    v = student((1 - time) * x0 + time * eps, t, prompt, clean=x0)
+    (v - (eps - x0)).square().mean().backward()
+    expected = flat({name: each.grad for name, each in student.named_parameters() if each.grad is not None})
+    return {
+        "relative_error": ((measured - expected).norm() / expected.norm()).item(),
+        "gradient_norm": expected.norm().item(),
+    }
+
+
+def stale_roles() -> dict[str, float]:
+    """Off-policy rollouts and a frozen D: what moved after two steps in which the student did."""
+    config = configuration("averages.old_policy_decay=1")
+    roles = roles_for(config, json_for(3, adamw(1e-2)), json_for(2, adamw(1e-2)))
+    set_lr(roles.discriminator, 0.0)
+    judge, student = (flat(consolidated_weights(engine)) for engine in (roles.discriminator, roles.student))
+    first = roll_out(roles, batch_at(0), config, 0, world=world)[0].latents
+    for step in range(2):
+        afd_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
+    again = roll_out(roles, batch_at(0), config, 0, world=world)[0].latents
+    return {
+        "rollout": (again - first).abs().max().item(),
+        "discriminator": (flat(consolidated_weights(roles.discriminator)) - judge).abs().max().item(),
+        "student": (flat(consolidated_weights(roles.student)) - student).abs().max().item(),
+    }
+
+
 def dmd_at_agreement() -> dict[str, float]:
     """DMD where the critic is the real score and stays so: the student has nowhere to go."""
     critic = f"dmd.ds_config={options.result.parent / 'critic.json'}"
@@ -268,6 +315,7 @@ result: dict[str, Any] = {
         *WINDOWS,
     ),
     "terminal": train("nft.time_sampling=terminal"),
+    "coupled": train("nft.noise_coupling=0.5"),
     "sft": train("objective=sft"),
     "gan": train("objective=gan"),
     "gan, non-saturating": train("objective=gan", "discriminator.loss=gan", *WINDOWS, stages=(3, 3)),
@@ -295,6 +343,7 @@ result: dict[str, Any] = {
 }
 if world.size == 1:
     result |= {"hand": engine_against_hand(), "signs": signs()}
+    result |= {"sft hand": sft_against_hand(), "stale": stale_roles()}
     result |= {"gan hand": gan_against_hand(), "dmd at agreement": dmd_at_agreement()}
 if world.is_main:
     options.result.write_text(json.dumps(result))

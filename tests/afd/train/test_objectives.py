@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).with_name("objectives_worker.py")
-CASES = ("ema", "current", "plain", "stage 3 + stage 3", "two updates", "watched D", "terminal", "LoRA", "vlm")
+CASES = (
+    "ema", "current", "plain", "stage 3 + stage 3", "two updates", "watched D", "terminal", "coupled", "LoRA", "vlm",
+)  # fmt: skip
 BASELINES = ("sft", "gan", "gan, non-saturating", "dmd")
 BACKBONES = ("backbone, stage 3", "backbone, gan")
 
@@ -130,3 +132,14 @@ def test_backbone_discriminator_learns_and_leads_the_student(one: dict[str, Any]
 def test_supervised_fine_tuning_asks_no_discriminator(one: dict[str, Any]) -> None:
     assert not any(name.startswith("discriminator/") for row in one["sft"]["rows"][1:] for name in row)
     assert one["sft"]["student_steps"] == 3
+
+
+def test_supervised_fine_tuning_moves_along_the_velocity_errors_gradient(one: dict[str, Any]) -> None:
+    assert one["sft hand"]["gradient_norm"] > 0.1
+    assert one["sft hand"]["relative_error"] < 1e-4, "float32 engine against float64"
+
+
+def test_off_policy_rollouts_and_a_frozen_discriminator_stay_where_they_were(one: dict[str, Any]) -> None:
+    assert one["stale"]["student"] > 1e-3
+    assert one["stale"]["rollout"] == 0.0
+    assert one["stale"]["discriminator"] == 0.0
