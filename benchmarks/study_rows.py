@@ -172,7 +172,7 @@ PRESETS = {
         regimes=_EVERY_REGIME, regime_methods=("sft", "gan", "dmd", "afd"), regime_seeds=(0,),
     ),
     "quick": Preset(
-        name="quick", rollouts=16, group_size=4, steps=30, warmup_steps=30,
+        name="quick", rollouts=16, group_size=4, steps=24, warmup_steps=24,
         learning_rates=(6e-4, 2e-3), step_shares=(0.5, 1.0), searched=("chunk_wise",),
         search_prompts=176, validation_prompts=24, heldout_prompts=48, seeds_per_prompt=1, long_prompts=12,
         real_score_steps=40, seeds=(0,), families=("chunk_wise", "frame_wise"),
