@@ -63,11 +63,6 @@ def is_waiting(cluster: Any, job_id: str) -> bool:
     return state_of(cluster, job_id) == "PENDING" and cluster.job(job_id)["Restarts"] != "0"
 
 
-def start_again(cluster: Any, job_id: str) -> None:
-    """Slurm lets a requeued job wait two minutes; a test does not."""
-    cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
-
-
 def test_preempted_job_goes_back_and_ends_like_an_undisturbed_run(
     cluster: Any, tiny: Any, whole: Path, tmp_path: Path, rows_of: Any, assert_same_run: Any
 ) -> None:
@@ -83,7 +78,7 @@ def test_preempted_job_goes_back_and_ends_like_an_undisturbed_run(
     assert [commit.name for commit in (output / "checkpoints").glob("step_*")] == [f"step_{steps:08d}"]
     wait_until(lambda: state_of(cluster, urgent) == "COMPLETED", cluster, tmp_path)
 
-    start_again(cluster, job_id)
+    cluster.start_again(job_id)
     wait_until(lambda: state_of(cluster, job_id) == "COMPLETED", cluster, tmp_path)
     log = (tmp_path / f"srun-{job_id}.log").read_text()
     assert "start 1" in log, "the log of the first start is kept"
@@ -109,9 +104,7 @@ def test_launchers_outlive_the_signal_and_their_exit_code_is_not_believed(
     cluster.run("scancel", job_id)
 
 
-def test_deepspeeds_slurm_launcher_starts_ranks_and_passes_their_failure_on(
-    cluster: Any, tiny: Any, tmp_path: Path
-) -> None:
+def test_deepspeeds_slurm_launcher_passes_a_failure_on(cluster: Any, tiny: Any, tmp_path: Path) -> None:
     """With wrong input, which needs no training: said once, and no requeue."""
     described = job(tiny, tmp_path / "deepspeed", kind="deepspeed", health_check=False)
     job_id = submit(cluster, render(described.model_copy(update={"ds_config": "/none.json"})))
@@ -120,6 +113,21 @@ def test_deepspeeds_slurm_launcher_starts_ranks_and_passes_their_failure_on(
     assert log.count("error: DeepSpeed config /none.json does not exist") == 1, log
     # 143 where srun ended the second rank before it came to say the same.
     assert cluster.job(job_id)["ExitCode"] in ("2:0", "143:0")
+
+
+def test_deepspeeds_slurm_launcher_trains_is_stopped_and_ends_like_an_undisturbed_run(
+    cluster: Any, tiny: Any, whole: Path, tmp_path: Path, rows_of: Any, assert_same_run: Any
+) -> None:
+    output = tmp_path / "deepspeed"
+    job_id = submit(cluster, render(job(tiny, output, kind="deepspeed", health_check=False)))
+    wait_until(lambda: rows_of(output), cluster, tmp_path)
+    cluster.run("scancel", "--signal=TERM", job_id)
+    wait_until(lambda: is_waiting(cluster, job_id), cluster, tmp_path)
+    assert json.loads((output / "stopped.json").read_text())["step"] == len(rows_of(output)) < len(rows_of(whole))
+    cluster.start_again(job_id)
+    wait_until(lambda: state_of(cluster, job_id) == "COMPLETED", cluster, tmp_path)
+    assert "exit code 75: back into the queue" in (tmp_path / f"deepspeed-{job_id}.log").read_text()
+    assert_same_run(output, whole)
 
 
 def test_directives_arrive_as_they_were_said(cluster: Any, tiny: Any, tmp_path: Path) -> None:
