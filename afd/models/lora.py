@@ -103,10 +103,10 @@ def acting_as(role: str, module: nn.Module) -> Iterator[None]:
             layer.set_adapter(CURRENT)
 
 
-def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """W [out, in] + scale B [out, r] A [r, in], in at least float32, in W's dtype."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(dtype) + scale * (up.to(dtype) @ down.to(dtype))).to(weight.dtype)
+def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float, *, dtype: torch.dtype | None = None) -> Tensor:
+    """W [out, in] + scale B [out, r] A [r, in], in at least float32, rounded to `dtype`, by default W's."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + scale * (up.to(wide) @ down.to(wide))).to(dtype or weight.dtype)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def convert_student(source: Path, out: Path, *, student: Mapping[str, Any], dtyp
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {out.name}")
-    file = open_student(_resolved(source), student)
+    file = open_student(_resolved(source), student, merge_dtype=dtype)
     note = {"student_shape": file.shape.model_dump_json(), "converted_from": source.name}
     write_tensors(file.source.tensors, out, dtype=dtype, metadata=note)
     return file.shape
@@ -83,7 +83,10 @@ def export_for_diffusers(
     if known is None:
         raise ValueError(f"--config must name the configuration whose sampler {source} is for: it is not a commit")
     given = {"init_weights": choice.which, **student}
-    file, adapters, alpha = _separated(path, given) if choice.lora == "separate" else (open_student(path, given), {}, 0)
+    if choice.lora == "separate":
+        file, adapters, alpha = _separated(path, given)
+    else:
+        file, adapters, alpha = open_student(path, given, merge_dtype=choice.dtype), {}, 0
     lora = choice.lora if split_adapters(open_source(path, which=choice.which).tensors)[1] else None
     rollout = known.rollout
     export_diffusers(
@@ -115,8 +118,12 @@ def export_for_peers(source: Path, out: Path, *, choice: ExportChoice, student: 
     if choice.lora == "separate":
         raise ValueError("--lora separate is for --format diffusers: the peers' code reads whole weights")
     path = _resolved(source)
-    averaged = open_student(path, {"init_weights": choice.which, **student}).source.tensors
-    raw = open_student(path, {"init_weights": "raw", **student}).source.tensors if _is_commit(path) else averaged
+
+    def tensors(which: Which) -> Mapping[str, LazyTensor]:
+        return open_student(path, {"init_weights": which, **student}, merge_dtype=choice.dtype).source.tensors
+
+    averaged = tensors(choice.which)
+    raw = tensors("raw") if _is_commit(path) else averaged
     if choice.which == "raw":
         averaged = raw
     export_original({"generator": raw, "generator_ema": averaged}, out, dtype=choice.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from afd.models.lora import merge
@@ -41,14 +42,19 @@ def split_adapters(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTen
 
 
 def merge_adapters(
-    source: WeightSource, base: WeightSource | None = None, *, alpha: float | None = None
+    source: WeightSource,
+    base: WeightSource | None = None,
+    *,
+    alpha: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> WeightSource:
-    """The source with its adapters merged: W + alpha / r B A, in float32, rounded once to W's dtype.
+    """The source with its adapters merged: W + alpha / r B A, in float32, rounded once.
 
     Args:
         source: with or without adapters; without, it is returned as it is (peft's names undone).
         base: the weights under adapters that come without them.
         alpha: when neither the file nor its adapters' `.alpha` tensors say.
+        dtype: of the merged layers; None rounds to W's, and in bf16 the smallest updates away.
     Raises:
         ValueError: adapters without base, without alpha, or that do not fit.
     """
@@ -69,7 +75,7 @@ def merge_adapters(
         )
     merged = dict(own)
     for layer in layers:
-        merged[f"{layer}.weight"] = _merged(source, own, adapters, layer, alpha)
+        merged[f"{layer}.weight"] = _merged(source, own, adapters, layer, alpha, dtype)
     facts = {**(base.facts if base is not None else {}), **source.facts}
     return WeightSource(source.label, merged, facts)
 
@@ -80,6 +86,7 @@ def _merged(
     adapters: Mapping[str, LazyTensor],
     layer: str,
     alpha: float | None,
+    dtype: torch.dtype | None,
 ) -> LazyTensor:
     down, up, weight = (adapters.get(f"{layer}.lora_A"), adapters.get(f"{layer}.lora_B"), base.get(f"{layer}.weight"))
     if down is None or up is None or weight is None:
@@ -99,6 +106,6 @@ def _merged(
         )
 
     def read() -> Tensor:
-        return merge(weight.read(), down.read(), up.read(), scale / rank)
+        return merge(weight.read(), down.read(), up.read(), scale / rank, dtype=dtype)
 
-    return LazyTensor(weight.shape, weight.dtype, read)
+    return LazyTensor(weight.shape, dtype or weight.dtype, read)

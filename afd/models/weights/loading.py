@@ -36,13 +36,16 @@ class StudentFile:
         return sum(torch.Size(tensor.shape).numel() for tensor in self.source.tensors.values())
 
 
-def open_student(path: Path | str, config: Mapping[str, Any] | None = None) -> StudentFile:
+def open_student(
+    path: Path | str, config: Mapping[str, Any] | None = None, *, merge_dtype: torch.dtype | None = None
+) -> StudentFile:
     """Open weights of any format and check every name and shape against the student they describe.
 
     Args:
         path: see `open_source`.
         config: fields of the configuration's student section: dimensions that the file cannot tell, and `init_base`,
             `init_weights`, `init_lora_alpha`.
+        merge_dtype: of the layers whose adapters are merged; None keeps the base's.
     Raises:
         ValueError: no weights, not a Wan transformer's, or they do not fit.
     """
@@ -53,6 +56,7 @@ def open_student(path: Path | str, config: Mapping[str, Any] | None = None) -> S
         open_source(Path(path), which=which),
         None if base is None else open_source(Path(base), which=which),
         alpha=given.get("init_lora_alpha"),
+        dtype=merge_dtype,
     )
     shape = resolve_shape(source, given)
     with torch.device("meta"):

@@ -189,6 +189,25 @@ def test_adapters_leave_merged_or_for_peft(tmp_path: Path) -> None:
     assert "PeftModel" in (tmp_path / "separate" / "README.md").read_text()
 
 
+def test_merging_into_a_wider_dtype_keeps_what_the_bases_would_round_away(tmp_path: Path) -> None:
+    weight, generator = torch.ones(4, 4, dtype=torch.bfloat16), torch.Generator().manual_seed(0)
+    down, up = (1e-2 * torch.randn(shape, generator=generator) for shape in ((2, 4), (4, 2)))
+    student = tiny().bfloat16()
+    tensors = dict(student.state_dict()) | {"blocks.0.attn1.to_q.weight": weight.repeat(8, 8)}
+    down, up = down.repeat(1, 8), up.repeat(8, 1)
+    tensors |= {"blocks.0.attn1.to_q.lora_A.default.weight": down, "blocks.0.attn1.to_q.lora_B.default.weight": up}
+    save_file(tensors, tmp_path / "s.safetensors")
+    fields = ("--student", "num_heads=2", "text_len=7", "chunk_frames=2", "init_lora_alpha=2")
+    kept: dict[str, Tensor] = {}
+    for dtype in ("keep", "float32"):
+        out = tmp_path / f"{dtype}.safetensors"
+        assert main(["convert", str(tmp_path / "s.safetensors"), "--out", str(out), "--dtype", dtype, *fields]) == 0
+        kept[dtype] = load_file(out)["blocks.0.attn1.to_q.weight"]
+    assert torch.equal(kept["keep"], weight.repeat(8, 8)), "updates of 1e-4 are below the grid at 1"
+    torch.testing.assert_close(kept["float32"], 1 + up @ down, rtol=0, atol=1e-7)
+    assert kept["float32"].dtype == torch.float32
+
+
 def test_the_original_names_come_back_bit_by_bit(tmp_path: Path) -> None:
     original = {n[len("weight.") :]: w for n, w in load_file(REFERENCE).items() if n.startswith("weight.")}
     given = {f"model.{name}": tensor.bfloat16() for name, tensor in original.items()}
