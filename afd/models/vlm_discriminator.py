@@ -77,10 +77,11 @@ class VLMDiscriminator(nn.Module):
         _, _, frames, height, width = clips.shape
         grid = torch.tensor([[frames // temporal, height // patch, width // patch]]).expand(len(clips), 3)
         video: Tensor = self.vlm.visual(patches, grid_thw=grid.to(device)).pooler_output  # [N video tokens, D]
-        ids, is_video = self._token_ids(condition, lengths, len(video) // len(clips))
-        at = int(is_video.sum(dim=1)[0]) + len(self._before) + 1 + lengths  # [N], place of the score token
+        start, num_video = len(self._before), len(video) // len(clips)
+        ids, is_video = self._token_ids(condition, lengths, num_video)
+        at = start + num_video + 1 + lengths  # [N], place of the score token
         embeds: Tensor = self.vlm.get_input_embeddings()(ids.to(device)).clone()
-        embeds[is_video.to(device)] = video.to(embeds)
+        embeds[:, start : start + num_video] = video.view(len(clips), num_video, -1)
         rows = torch.arange(len(clips), device=device)
         embeds = embeds.index_put((rows, at.to(device)), self.score_token.expand(len(clips), -1))
         positions = self._position_ids(ids, is_video, grid).to(device)
