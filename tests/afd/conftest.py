@@ -25,7 +25,7 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run_worker(script: Path, *arguments: str, ranks: int = 1, launcher: str = "torchrun") -> str:
+def run_worker(script: Path, *arguments: str, ranks: int = 1, launcher: str = "torchrun", timeout_s: int = 300) -> str:
     """Run a worker script to its end and return what it printed; the test fails with that text if a rank fails.
 
     Args:
@@ -33,6 +33,7 @@ def run_worker(script: Path, *arguments: str, ranks: int = 1, launcher: str = "t
         arguments: passed on.
         ranks: number of processes.
         launcher: "torchrun", "deepspeed", or "plain" for one process without a launcher.
+        timeout_s: how long it may take.
     """
     prefix = {
         "plain": [sys.executable],
@@ -46,18 +47,18 @@ def run_worker(script: Path, *arguments: str, ranks: int = 1, launcher: str = "t
     environment["OMP_NUM_THREADS"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [*prefix, str(script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, f"{script.name} failed:\n{done.stdout[-4000:]}\n{done.stderr[:8000]}"
     return done.stdout
 
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """`launch(script, *arguments, ranks=, launcher=)`: the JSON that rank 0 wrote to the worker's first argument."""
+    """`launch(script, *arguments, ranks=, launcher=, timeout_s=)`: the JSON that rank 0 wrote to the worker's argument."""
 
-    def start(script: Path, *arguments: str, ranks: int = 1, launcher: str = "torchrun") -> Any:
+    def start(script: Path, *arguments: str, ranks: int = 1, launcher: str = "torchrun", timeout_s: int = 300) -> Any:
         result = tmp_path_factory.mktemp(script.stem) / "result.json"
-        run_worker(script, str(result), *arguments, ranks=ranks, launcher=launcher)
+        run_worker(script, str(result), *arguments, ranks=ranks, launcher=launcher, timeout_s=timeout_s)
         return json.loads(result.read_text())
 
     return start

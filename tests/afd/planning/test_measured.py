@@ -80,7 +80,7 @@ def measured(request: pytest.FixtureRequest, launch: Any, tmp_path_factory: pyte
     ranks = request.param
     path = tmp_path_factory.mktemp("cases") / "cases.json"
     path.write_text(json.dumps(list(CASES[ranks].values())))
-    results = launch(WORKER, str(path), ranks=ranks, launcher="plain" if ranks == 1 else "torchrun")
+    results = launch(WORKER, str(path), ranks=ranks, launcher="plain" if ranks == 1 else "torchrun", timeout_s=900)
     return ranks, dict(zip(CASES[ranks], results, strict=True))
 
 
