@@ -54,7 +54,7 @@ def run_worker(script: Path, *arguments: str, ranks: int = 1, launcher: str = "t
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """`launch(script, *arguments, ranks=, launcher=, timeout_s=)`: the JSON that rank 0 wrote to the worker's argument."""
+    """`launch(script, *arguments, ranks=, launcher=, timeout_s=)`: the JSON that rank 0 wrote to the first argument."""
 
     def start(script: Path, *arguments: str, ranks: int = 1, launcher: str = "torchrun", timeout_s: int = 300) -> Any:
         result = tmp_path_factory.mktemp(script.stem) / "result.json"
