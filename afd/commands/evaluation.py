@@ -41,7 +41,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--out must be in an existing folder, got {out}")
     student, _ = load_commit(commit, average=None if arguments.weights == "raw" else arguments.weights)
     folder, remote = shard_places(config)[1]
-    read = to_batch(read_all(folder, remote=remote))
+    read = to_batch(read_all(folder, remote=remote, limit=config.evaluation.max_prompts))
     world = init_world(config.timeout_s)
     try:
         evaluator = HeldoutEvaluator(

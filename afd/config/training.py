@@ -109,6 +109,8 @@ class EvaluationSection(Section):
 
     every: NonNegative = 0
     """Steps between evaluations during training; 0 evaluates base and final student only."""
+    max_prompts: Positive = 256
+    """The first so many held-out videos are used; they stay in memory, in float32."""
     seeds_per_prompt: Positive = 2
     """Clips per held-out prompt."""
     samples_every: NonNegative = 100

@@ -8,6 +8,7 @@ the start of the next, and every epoch holds every sample once.
 
 import fcntl
 import functools
+import itertools
 import json
 import os
 import socket
@@ -245,15 +246,17 @@ def iterate(
             )
 
 
-def read_all(shards: Path, cache: Path | None = None, *, remote: str | None = None) -> list[Sample]:
-    """Every sample of a folder, in the order of writing.
+def read_all(
+    shards: Path, cache: Path | None = None, *, remote: str | None = None, limit: int | None = None
+) -> list[Sample]:
+    """Every sample of a folder (or the first `limit`), in the order of writing.
 
     Raises:
         ValueError: as `build_loader`.
     """
     if remote is None:
         open_dataset(Path(shards), cache)
-    return list(iterate(shards, cache, remote=remote))
+    return list(itertools.islice(iterate(shards, cache, remote=remote), limit))
 
 
 def to_batch(samples: Sequence[Sample], sample_ids: Sequence[int] | None = None) -> VideoBatch:

@@ -69,7 +69,9 @@ class Trainer:
         self.loader = build_train_loader(config, batch_size_per_rank=plan.prompts_per_rank, world=world)
         heldout_shards, heldout_remote = shard_places(config)[1]
         self.evaluator = HeldoutEvaluator(
-            to_batch(read_all(heldout_shards, remote=heldout_remote)).to(world.device),
+            to_batch(read_all(heldout_shards, remote=heldout_remote, limit=config.evaluation.max_prompts)).to(
+                world.device
+            ),
             load_codec(config.encoders, device=world.device),
             config,
             world,

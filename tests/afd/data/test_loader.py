@@ -170,3 +170,4 @@ def test_read_all_returns_the_samples_in_order(shards: Path, sample: Callable[[i
     batch = to_batch(samples)
     assert batch.sample_ids.tolist() == list(range(23))
     assert torch.equal(batch.latents[5], sample(5).latents.float())
+    assert len(read_all(shards, limit=3)) == 3
