@@ -1,4 +1,4 @@
-"""What one shard row holds, its bf16 encoding, and the one door to `streaming`. Knows no file layout."""
+"""What one shard row holds, how bf16 lies in it, and the one door to `streaming`. Knows no file layout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-SCHEMA_VERSION = 2
-BF16 = "bf16"
+SCHEMA_VERSION = 3
+BF16 = "ndarray:uint16"  # MDS has no bfloat16: the bits, in an encoding that plain `streaming` reads
 COLUMNS = {
     "prompt": "str",
     "latents": BF16,  # [C, F, H, W]
@@ -39,6 +40,7 @@ COLUMNS = {
     "schema_version": "int",
 }
 _MAX_DIMS = 8
+_SIZE_CODES = "BHIQ"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def to_row(sample: Sample) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Sample:
-    """Rebuild the sample of a decoded row.
+    """Rebuild the sample of a decoded row; its tensors may be given as bits, as `streaming` gives them.
 
     Raises:
         ValueError: a column is missing or the row follows another schema version.
@@ -140,8 +142,10 @@ def from_row(row: Mapping[str, Any]) -> Sample:
         raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {row['schema_version']}")
     return Sample(
         prompt=row["prompt"],
-        latents=row["latents"],
-        prompt_embeds=row["prompt_embeds"],
+        **{
+            name: bf16_of_bits(row[name]) if isinstance(row[name], np.ndarray) else row[name]
+            for name in ("latents", "prompt_embeds")
+        },
         video_mp4=row["video_mp4"] or None,
         source_id=row["source_id"],
         teacher=row["teacher"],
@@ -158,17 +162,20 @@ def from_row(row: Mapping[str, Any]) -> Sample:
 
 
 def encode_bf16(tensor: Tensor) -> bytes:
-    """Lay a bfloat16 tensor out as: number of axes (u8), each size (u32), the bits (u16), all little-endian.
+    """Lay a bfloat16 tensor's bits out as MDS's `ndarray:uint16`: number of axes and width of a size (u8), each size,
+    the bits (u16), all little-endian.
 
     Raises:
-        ValueError: not bfloat16, or more than 8 axes.
+        ValueError: not bfloat16, no element, no axis, or more than 8 of them.
     """
-    if tensor.dtype != torch.bfloat16 or tensor.ndim > _MAX_DIMS:
+    if tensor.dtype != torch.bfloat16 or not 1 <= tensor.ndim <= _MAX_DIMS or tensor.numel() == 0:
         raise ValueError(
-            f"tensor must be bfloat16 with at most {_MAX_DIMS} axes, got {tensor.dtype} {list(tensor.shape)}"
+            f"tensor must be bfloat16 with 1 to {_MAX_DIMS} axes and not empty, got {tensor.dtype} {list(tensor.shape)}"
         )
+    width = next(i for i, code in enumerate(_SIZE_CODES) if max(tensor.shape) < 1 << 8 * struct.calcsize(code))
     bits = tensor.detach().cpu().contiguous().view(torch.int16).numpy()
-    return struct.pack(f"<B{tensor.ndim}I", tensor.ndim, *tensor.shape) + bits.astype("<i2", copy=False).tobytes()
+    sizes = struct.pack(f"<{tensor.ndim}{_SIZE_CODES[width]}", *tensor.shape)
+    return bytes([tensor.ndim << 2 | width]) + sizes + bits.astype("<i2", copy=False).tobytes()
 
 
 def decode_bf16(data: bytes) -> Tensor:
@@ -177,20 +184,20 @@ def decode_bf16(data: bytes) -> Tensor:
     Raises:
         ValueError: the length does not fit the header.
     """
-    num_dims = data[0] if data else 0
-    header = 1 + 4 * num_dims
-    if not data or num_dims > _MAX_DIMS or len(data) < header:
+    num_dims, code = (data[0] >> 2, _SIZE_CODES[data[0] & 3]) if data else (0, "B")
+    header = 1 + num_dims * struct.calcsize(code)
+    if not 1 <= num_dims <= _MAX_DIMS or len(data) < header:
         raise ValueError(f"bf16 column has a broken header ({len(data)} bytes, {num_dims} axes)")
-    shape = struct.unpack_from(f"<{num_dims}I", data, 1)
-    expected = header + 2 * functools.reduce(int.__mul__, shape, 1)
-    if len(data) != expected:
+    shape = struct.unpack_from(f"<{num_dims}{code}", data, 1)
+    expected = header + 2 * math.prod(shape)
+    if len(data) != expected or expected == header:
         raise ValueError(f"bf16 column of shape {list(shape)} must have {expected} bytes, got {len(data)}")
-    if len(data) == header:
-        return torch.empty(shape, dtype=torch.bfloat16)
-    bits = torch.frombuffer(bytearray(memoryview(data)[header:]), dtype=torch.int16)
-    if sys.byteorder == "big":
-        bits = bits.view(torch.uint8).view(-1, 2).flip(1).contiguous().view(-1).view(torch.int16)
-    return bits.view(torch.bfloat16).reshape(shape)
+    return bf16_of_bits(np.frombuffer(data, "<u2", offset=header).reshape(shape))
+
+
+def bf16_of_bits(bits: np.ndarray) -> Tensor:
+    """The bfloat16 tensor of the same shape with these bits (uint16), as `streaming` gives them; a copy."""
+    return torch.from_numpy(bits.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
 
 
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:
@@ -208,7 +215,7 @@ def settings_fingerprint(settings: Mapping[str, Any]) -> str:
 
 @functools.cache
 def load_streaming() -> types.ModuleType:
-    """Import `streaming`, with our bf16 encoding known to it.
+    """Import `streaming`, mended.
 
     `streaming` imports torchvision for its vision data sets, which we do not use: where torchvision is absent (or
     broken by a torch it was not built for) an empty module takes their place.
@@ -216,19 +223,8 @@ def load_streaming() -> types.ModuleType:
     if "streaming" not in sys.modules and not _has_torchvision():
         sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
     import streaming
-    from streaming.base.format.mds import encodings
     from streaming.base.shared import prefix
 
-    class BFloat16(encodings.Encoding):
-        """bfloat16 tensors: a shape header and the raw bits."""
-
-        def encode(self, obj: Tensor) -> bytes:
-            return encode_bf16(obj)
-
-        def decode(self, data: bytes) -> Tensor:
-            return decode_bf16(data)
-
-    encodings._encodings[BF16] = BFloat16
     prefix._check_and_find = _closing_its_probes(prefix)
     return streaming
 

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from afd.data.schema import (
+    BF16,
     COLUMNS,
     Sample,
+    bf16_of_bits,
     decode_bf16,
     encode_bf16,
     from_row,
@@ -29,17 +32,27 @@ def test_bf16_round_trip_is_exact_for_every_bit_pattern() -> None:
     assert torch.equal(decoded.view(torch.int16), tensor.view(torch.int16))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (5, 1, 7)])
+@pytest.mark.parametrize("shape", [(1,), (255, 3), (256, 1), (2, 65_536), (5, 1, 7)])
 def test_bf16_keeps_any_shape(shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape).to(torch.bfloat16)
     assert torch.equal(decode_bf16(encode_bf16(tensor)), tensor)
 
 
-def test_bf16_layout_is_little_endian_with_a_shape_header() -> None:
-    assert (
-        encode_bf16(torch.tensor([[1.0, -2.0]]).to(torch.bfloat16)).hex()
-        == "02" + "01000000" + "02000000" + "803f" + "00c0"
-    )
+def test_bf16_lies_in_a_row_as_mds_lays_out_its_bits() -> None:
+    load_streaming()
+    from streaming.base.format.mds.encodings import mds_decode, mds_encode
+
+    for shape in [(3, 4), (2, 300), (1, 70_000)]:
+        tensor = torch.randn(shape).to(torch.bfloat16)
+        bits = tensor.view(torch.int16).numpy().view(np.uint16)
+        assert encode_bf16(tensor) == mds_encode(BF16, bits)
+        assert torch.equal(bf16_of_bits(mds_decode(BF16, encode_bf16(tensor))), tensor)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,) * 9])
+def test_tensors_that_mds_cannot_hold_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="1 to 8 axes and not empty"):
+        encode_bf16(torch.zeros(shape, dtype=torch.bfloat16))
 
 
 def test_bf16_accepts_views_and_copies_out_of_the_buffer() -> None:
@@ -49,7 +62,8 @@ def test_bf16_accepts_views_and_copies_out_of_the_buffer() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x09" + b"\0" * 36, b"\x02\x01\0\0\0", b"\x01\x03\0\0\0\0\0", b"\x01\x01\0\0\0\0\0\0"]
+    "data",
+    [b"", b"\x00", b"\x24" + b"\1" * 11, b"\x08\x01", b"\x04\x03\0\0\0\0\0", b"\x04\x01\0\0\0\0\0", b"\x04\x00"],
 )
 def test_broken_bf16_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="bf16 column"):
@@ -94,13 +108,8 @@ def test_fingerprint_follows_the_settings_only() -> None:
             settings_fingerprint(bad)
 
 
-def test_streaming_knows_bf16_and_the_door_is_idempotent() -> None:
-    streaming = load_streaming()
-    assert load_streaming() is streaming
-    from streaming.base.format.mds.encodings import mds_decode, mds_encode
-
-    tensor = torch.randn(3, 4).to(torch.bfloat16)
-    assert torch.equal(mds_decode("bf16", mds_encode("bf16", tensor)), tensor)
+def test_the_door_to_streaming_is_idempotent() -> None:
+    assert load_streaming() is load_streaming()
 
 
 @pytest.mark.slow
