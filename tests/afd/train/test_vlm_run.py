@@ -67,6 +67,8 @@ def test_run_with_a_vlm_resumes_exactly_and_only_itself(vlm_run: Any, run: Any, 
 class PlainEngine:
     """A discriminator with AdamW behind DeepSpeed's calls, in one process."""
 
+    skipped_steps = 0
+
     def __init__(self, module: nn.Module, *, lr: float, micro: int) -> None:
         self.module, self._micro = module, micro
         self._trained = [each for each in module.parameters() if each.requires_grad]
@@ -79,9 +81,15 @@ class PlainEngine:
         loss.backward()
 
     def step(self) -> None:
-        nn.utils.clip_grad_norm_(self._trained, 1.0)
+        self._grad_norm = float(nn.utils.clip_grad_norm_(self._trained, 1.0))
         self._adam.step()
         self._adam.zero_grad()
+
+    def get_global_grad_norm(self) -> float:
+        return self._grad_norm
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self._adam.param_groups]
 
     def train_micro_batch_size_per_gpu(self) -> int:
         return self._micro
