@@ -79,7 +79,7 @@ test-triton-3.6: $(OLD_TRITON_STAMP)
 
 test-slurm: $(STAMP)
 	@tests/launch/slurm/install.sh
-	python -m pytest -q -m slurm tests/launch
+	PATH="$$PATH:/usr/sbin:/sbin" python -m pytest -q -m slurm tests/launch  # slurmctld and slurmd live there
 
 check: $(STAMP)
 	ruff format --check .
