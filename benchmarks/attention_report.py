@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import CPU_WARNING, describe_commit, describe_device, describe_versions
+from measurement import CPU_WARNING, append_csv, describe_commit, describe_device, describe_versions
 
 BASELINES = ("flex", "chunks:sdpa")
 STEP = "forward+backward"
@@ -69,14 +69,7 @@ def stem_of(device: str, folder: Path) -> Path:
 
 def append_rows(rows: Sequence[Row], folder: Path) -> None:
     """Append rows of one device to its CSV."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = stem_of(rows[0].device, folder).with_suffix(".csv")
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    append_csv(stem_of(rows[0].device, folder).with_suffix(".csv"), [asdict(row) for row in rows])
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -13,7 +13,6 @@ samples done: 50 points in data_memory.csv, a straight line through those after 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measurement import describe_commit
+from measurement import append_csv, describe_commit
 
 from afd.config_file import load_config
 from afd.data.loader import ShardLoader, build_loader
@@ -57,8 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="afd-data-", dir=options.folder) as work:
         row = _measure(Path(work), options)
-    RESULTS.mkdir(exist_ok=True)
-    _append(RESULTS / "data.csv", [row])
+    append_csv(RESULTS / "data.csv", [row])
     for name, value in row.items():
         print(f"{name:28} {value}")
 
@@ -77,7 +75,7 @@ def _measure(work: Path, options: argparse.Namespace) -> dict[str, object]:
         prepare_s = time.perf_counter() - started
     loading, loading_memory = _load(summaries["train"].path, options)
     shutil.rmtree(work / "videos")
-    _append(
+    append_csv(
         RESULTS / "data_memory.csv",
         [
             {"stage": stage, "videos": options.videos, "done": done, "seconds": round(at, 2), "mib": round(mib, 2)}
@@ -261,16 +259,6 @@ def _line(points: _Points, stage: str) -> dict[str, object]:
         f"{stage}_mib_per_1000": round(1000 * slope, 3),
         f"{stage}_mib_highest": round(max(mib), 1),
     }
-
-
-def _append(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ once cold and then `--repeats` times warm; half-way the prompt changes. Rows go 
 """
 
 import argparse
-import csv
 import itertools
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import CPU_WARNING, describe_commit, describe_device, describe_versions
+from measurement import CPU_WARNING, append_csv, describe_commit, describe_device, describe_versions
 from torch import Tensor
 
 from afd.config import RunConfig, StudentShape
@@ -186,17 +185,6 @@ def measure(setting: Setting, config: RunConfig, arguments: argparse.Namespace, 
     )
 
 
-def write_row(row: Row, path: Path) -> None:
-    """Append a row; the header comes with the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in asdict(row).items()})
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -234,7 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{key:<22}{value:.4g}" if isinstance(value, float) else f"{key:<22}{value}")
     if device.type == "cpu":
         print(CPU_WARNING)
-    write_row(row, arguments.results)
+    record = {name: f"{v:.5g}" if isinstance(v, float) else v for name, v in asdict(row).items()}
+    append_csv(arguments.results, [record])
     return 0
 
 

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,17 @@ def print_table(rows: Sequence[Row]) -> None:
         times = f"{row.median_us:>11.1f}{row.p20_us:>10.1f}{row.p80_us:>10.1f}"
         rates = f"{row.gb_s:>9.0f}{row.share_of_copy:>9.1%}{row.peak_mib:>10.1f}"
         print(f"{row.op:<22}{row.stage:<18}{row.size:<6}{row.impl:<9}{times}{rates}")
+
+
+def append_csv(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    """Append records of the same columns to a CSV file; the header comes with the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        if is_new:
+            writer.writeheader()
+        writer.writerows(records)
 
 
 def write_results(rows: Sequence[Row], folder: Path, name: str) -> tuple[Path, Path]:

@@ -10,17 +10,16 @@ Rows are appended to benchmarks/results/step.csv.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import CPU_WARNING, describe_commit, describe_device, describe_versions, measure_ceilings
+from measurement import CPU_WARNING, append_csv, describe_commit, describe_device, describe_versions, measure_ceilings
 
 from afd.config import DiscriminatorShape, RunConfig, StudentShape
 from afd.config_file import ConfigError, load_config
@@ -292,17 +291,6 @@ def print_rows(rows: list[Row]) -> None:
         print(f"{row.phase:<14}{numbers}{row.peak_gib:>10.2f}{row.planned_gib:>9.2f}{row.fps:>9.2f}")
 
 
-def append_rows(rows: list[Row], path: Path) -> None:
-    """Append to the CSV, with a header where it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -344,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     if world.is_main:
         print("" if has_gpu else f"\n# {CPU_WARNING} Tiny model:")
         print_rows(rows)
-        append_rows(rows, arguments.out)
+        append_csv(arguments.out, [asdict(row) for row in rows])
         print(f"appended to {arguments.out}")
     return 0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afd.config import EncodersSection, StudentShape, VideoSection
 from afd.models.dct_codec import DCTCodec
-from afd.models.model_files import check_weights, config_of
+from afd.models.model_files import check_weights, config_of, model_and_companion
 from afd.models.wan_vae import WanVAE, read_vae_config
 
 QUICKSTART_ASSETS = Path(__file__).resolve().parent.parent / "assets" / "quickstart"
@@ -123,9 +123,7 @@ def clean_prompt(prompt: str) -> str:
 
 def text_encoder_folders(path: Path) -> tuple[Path, Path]:
     """(model folder, tokenizer folder): one folder for both, a diffusers pipeline, or its `text_encoder`."""
-    model = path / "text_encoder" if (path / "model_index.json").is_file() else path
-    beside = model.parent / "tokenizer"
-    return model, beside if beside.is_dir() and not (model / "tokenizer_config.json").is_file() else model
+    return model_and_companion(path, model="text_encoder", companion="tokenizer", marker="tokenizer_config.json")
 
 
 def read_text_config(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from afd.config import EncodersSection, StudentShape
 from afd.models.conditioning import ImageCondition
 from afd.models.encoders import VideoCodec, release_memory
-from afd.models.model_files import check_weights, config_of
+from afd.models.model_files import check_file, check_weights, config_of, model_and_companion
 
 _OWNER = "encoders.image_path"
 _MASK_CHANNELS = 4  # of Wan2.1: one per video frame that a latent frame stands for
@@ -24,9 +24,9 @@ _MASK_CHANNELS = 4  # of Wan2.1: one per video frame that a latent frame stands 
 
 def image_encoder_folders(path: Path) -> tuple[Path, Path]:
     """(model folder, processor folder): one folder for both, a diffusers pipeline, or its `image_encoder`."""
-    model = path / "image_encoder" if (path / "model_index.json").is_file() else path
-    beside = model.parent / "image_processor"
-    return model, beside if beside.is_dir() and not (model / "preprocessor_config.json").is_file() else model
+    return model_and_companion(
+        path, model="image_encoder", companion="image_processor", marker="preprocessor_config.json"
+    )
 
 
 def read_image_config(path: Path) -> dict[str, Any]:
@@ -40,8 +40,7 @@ def read_image_config(path: Path) -> dict[str, Any]:
     config = config.get("vision_config", config)
     if "hidden_size" not in config or config.get("model_type") != "clip_vision_model":
         raise ValueError(f"{_OWNER} {folder} must hold a clip_vision_model, got {config.get('model_type')!r}")
-    if not (processor / "preprocessor_config.json").is_file():
-        raise ValueError(f"{_OWNER} {processor} must hold preprocessor_config.json, which is missing")
+    check_file(processor, "preprocessor_config.json", owner=_OWNER)
     check_weights(folder, owner=_OWNER)
     return config
 

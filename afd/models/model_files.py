@@ -18,10 +18,32 @@ def config_of(folder: Path, *, owner: str) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise ValueError(f"{owner} {folder} must be a folder, which is missing")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{owner} {folder} must hold config.json, which is missing")
-    return _object(path)
+    check_file(folder, "config.json", owner=owner)
+    return _object(folder / "config.json")
+
+
+def check_file(folder: Path, name: str, *, owner: str) -> None:
+    """A folder holds a file of this name.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not (folder / name).is_file():
+        raise ValueError(f"{owner} {folder} must hold {name}, which is missing")
+
+
+def model_and_companion(path: Path, *, model: str, companion: str, marker: str) -> tuple[Path, Path]:
+    """Where a model and what goes with it lie: one folder for both, a diffusers pipeline, or its part.
+
+    Args:
+        path: as the user gave it.
+        model: the model's folder in a pipeline.
+        companion: the folder of its tokenizer or processor, beside it.
+        marker: the companion's file; in the model's own folder it wins over the folder beside.
+    """
+    own = path / model if (path / "model_index.json").is_file() else path
+    beside = own.parent / companion
+    return own, beside if beside.is_dir() and not (own / marker).is_file() else own
 
 
 def check_weights(folder: Path, *, owner: str) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from afd.models.model_files import check_weights, config_of
+from afd.models.model_files import check_file, check_weights, config_of
 from afd.models.vlm_discriminator import VLMDiscriminator
 
 FAMILIES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
@@ -40,8 +40,7 @@ def read_vlm_config(folder: Path) -> dict[str, Any]:
     config = config_of(folder, owner=_OWNER)
     if config.get("model_type") not in FAMILIES:
         raise ValueError(f"{_OWNER} {folder} must hold one of {sorted(FAMILIES)}, got {config.get('model_type')!r}")
-    if not (folder / "tokenizer_config.json").is_file():
-        raise ValueError(f"{_OWNER} {folder} must hold tokenizer_config.json, which is missing")
+    check_file(folder, "tokenizer_config.json", owner=_OWNER)
     check_weights(folder, owner=_OWNER)
     return config
 
