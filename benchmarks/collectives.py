@@ -12,14 +12,14 @@ _SMALL = 256
 class Collectives(TorchDispatchMode):
     """Bytes of the whole tensors of every collective inside the mode: "phase operation" -> [calls, bytes].
 
-    Set `phase` before the work. `small` holds the all-reduces below 256 bytes by phase: norms and metrics.
+    Set `phase` before the work. `small` holds the all-reduces below 256 bytes by phase, [calls, bytes]: norms, metrics.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = ""
         self.counts: dict[str, list[int]] = {}
-        self.small: dict[str, int] = {}
+        self.small: dict[str, list[int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -33,16 +33,19 @@ class Collectives(TorchDispatchMode):
             entry[0] += 1
             entry[1] += size
             if "allreduce" in name and size < _SMALL:
-                self.small[self.phase] = self.small.get(self.phase, 0) + size
+                few = self.small.setdefault(self.phase, [0, 0])
+                few[0] += 1
+                few[1] += size
         return func(*args, **(kwargs or {}))
 
-    def bulk(self, phase: str) -> dict[str, int]:
-        """Bytes of a phase's bulk collectives by the planner's names."""
+    def bulk(self, phase: str) -> dict[str, list[int]]:
+        """A phase's bulk collectives by the planner's names: [calls, bytes]."""
         names = {
             "_allgather_base_": "all_gather",
             "_reduce_scatter_base_": "reduce_scatter",
             "allreduce_": "all_reduce",
         }
-        found = {kind: self.counts.get(f"{phase} c10d::{name}", [0, 0])[1] for name, kind in names.items()}
-        found["all_reduce"] -= self.small.get(phase, 0)
+        found = {kind: [*self.counts.get(f"{phase} c10d::{name}", [0, 0])] for name, kind in names.items()}
+        small = self.small.get(phase, [0, 0])
+        found["all_reduce"] = [all_ - few for all_, few in zip(found["all_reduce"], small, strict=True)]
         return found

@@ -31,7 +31,7 @@ from measurement import describe_commit, describe_versions
 
 from afd.config_file import load_config
 from afd.models.encoders import latent_shape
-from afd.planning.communication import Kind, plan_transfers, total_bytes
+from afd.planning.communication import Kind, plan_transfers, total_bytes, total_calls
 from afd.planning.hardware import ASSUMED, GPUS, INTERCONNECTS, Gpu, Interconnect
 from afd.planning.plan import Machine, make_plan, planned_shape
 from afd.planning.refusals import batch_arithmetic
@@ -194,16 +194,14 @@ def measured_rows(steps: int) -> list[Row]:
         seconds = statistics.median(found["seconds"])
         transfers = plan_transfers(work)
         formula = {
-            phase: {
-                kind: total_bytes(transfers[phase], kind) for kind in ("all_gather", "reduce_scatter", "all_reduce")
-            }
+            phase: {kind: [total_calls(transfers[phase], kind), total_bytes(transfers[phase], kind)] for kind in KINDS}
             for phase in PHASES
         }
         if ranks > 1 and found["moved"] != formula:
             raise RuntimeError(f"{scaling}, {ranks} ranks: counted {found['moved']}, planned {formula}")
         planned = sum(each.sent(ranks) for phase in transfers.values() for each in phase)
         rounds = {"all_gather": 0.5, "reduce_scatter": 0.5, "all_reduce": 1.0}
-        counted = sum(rounds[kind] * size for each in found["moved"].values() for kind, size in each.items())
+        counted = sum(rounds[kind] * size for each in found["moved"].values() for kind, (_, size) in each.items())
         simulated = simulate(work, Cluster(gpu, network, jitter=0.02)).seconds
         ideal = alone if scaling == "weak" else alone / ranks
         rows.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from afd.config import BackboneSection, DiscriminatorShape, LoRASection, StudentShape
@@ -37,19 +38,55 @@ class ParameterCount:
         return self.num_layers * self.adapter + self.heads or self.total
 
 
+@dataclass(frozen=True)
+class StudentTensors:
+    """Elements of every parameter tensor of a student in the order of a forward (a block's norms at its beginning).
+
+    Attributes:
+        before: patches, times, prompts.
+        block: of one block.
+        adapter: of one block's adapters.
+        after: the head.
+    """
+
+    before: list[int]
+    block: list[int]
+    adapter: list[int]
+    after: list[int]
+
+
+_ORDER = ("attn1.", "attn2.to_k", "attn2.to_v", "attn2.", "ffn.")
+
+
+def student_tensors(shape: StudentShape, lora: LoRASection | None = None) -> StudentTensors:
+    """List a student's parameter tensors; equal to the built module's."""
+    latents = (shape.in_channels, shape.chunk_frames, shape.patch_size[1], shape.patch_size[2])
+    one_layer = shape.model_copy(update={"num_layers": 1})
+    layers = [each for each in student_pass(one_layer, latents, batch=1) if isinstance(each, Matmul)]
+    block = [each for each in layers if each.in_block]
+    block.sort(key=lambda each: next(i for i, name in enumerate(_ORDER) if each.name.startswith(name)))
+    *before, head = (each for each in layers if not each.in_block)
+    dim, rank = shape.dim, lora.rank if lora is not None else 0
+    # The modulation table, query and key norms of two attentions, the affine norm before cross-attention.
+    others = [6 * dim, *[dim] * (6 if shape.cross_attn_norm else 4)]
+    adapted = [each for each in block if is_adapted(each.name, lora)]
+    return StudentTensors(
+        before=_weights_and_biases(before),
+        block=[*others, *_weights_and_biases(block)],
+        adapter=[rank * width for each in adapted for width in (each.inputs, each.outputs)],
+        after=[2 * dim, *_weights_and_biases([head])],
+    )
+
+
+def _weights_and_biases(layers: Iterable[Matmul]) -> list[int]:
+    return [size for each in layers for size in (each.inputs * each.outputs, each.outputs)]
+
+
 def count_student(shape: StudentShape, lora: LoRASection | None = None) -> ParameterCount:
     """Count a student's parameters; equal to the built module's."""
-    latents = (shape.in_channels, shape.chunk_frames, shape.patch_size[1], shape.patch_size[2])
-    layers = [each for each in student_pass(shape, latents, batch=1) if isinstance(each, Matmul)]
-    dim, block = shape.dim, [each for each in layers if each.in_block]
-    per_block = sum(each.inputs * each.outputs + each.outputs for each in block) // shape.num_layers
-    # Query and key norms of two attentions, the affine norm before cross-attention, the modulation table.
-    per_block += 4 * dim + (2 * dim if shape.cross_attn_norm else 0) + 6 * dim
-    outside = sum(each.inputs * each.outputs + each.outputs for each in layers if not each.in_block) + 2 * dim
-    rank = lora.rank if lora is not None else 0
-    adapted = [each for each in block if is_adapted(each.name, lora)]
-    adapter = sum(rank * (each.inputs + each.outputs) for each in adapted) // shape.num_layers
-    return ParameterCount(per_block, outside, shape.num_layers, adapter)
+    tensors = student_tensors(shape, lora)
+    outside = sum(tensors.before) + sum(tensors.after)
+    return ParameterCount(sum(tensors.block), outside, shape.num_layers, sum(tensors.adapter))
 
 
 def adapted_weights(shape: StudentShape, lora: LoRASection) -> int:

@@ -1,4 +1,5 @@
-"""Memory and traffic of real AFD steps on real engines against the plan: peaks within 10 %, collectives exactly."""
+"""Memory and traffic of real AFD steps on real engines against the plan: peaks within 10 %, collectives exactly: their
+bytes and their number."""
 
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from afd.config import StudentShape
 from afd.config_file import load_config
 from afd.models.encoders import latent_shape
-from afd.planning.communication import Kind, plan_transfers, total_bytes
+from afd.planning.communication import Kind, plan_transfers, total_bytes, total_calls
 from afd.planning.memory import plan_memory
 from afd.planning.refusals import batch_arithmetic
 from afd.planning.workload import Workload, build_workload, engine_settings
@@ -56,6 +57,8 @@ CASES = {
         "full": case(2, THREE, micro=1),
         "lora": case(2, LORA, THREE),
         "stage 2": case(2, stage=2, micro=1),
+        "small bucket": case(2, CHECKPOINTED, "rollout.batch_size=1", micro=2, reduce_bucket_size=100000),
+        "beside": case(2, LORA, CHECKPOINTED, "nft.updates_per_rollout=2"),
     },
 }
 
@@ -103,5 +106,7 @@ def test_collectives_are_equal(measured: Any) -> None:
     for name, result in results.items():
         transfers = plan_transfers(workload(CASES[ranks][name], ranks))
         for phase, counted in result["collectives"].items():
-            planned = {kind: total_bytes(transfers[phase], kind) for kind in KINDS}
+            planned = {
+                kind: [total_calls(transfers[phase], kind), total_bytes(transfers[phase], kind)] for kind in KINDS
+            }
             assert counted == planned, f"{name}, {phase}"

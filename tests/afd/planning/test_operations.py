@@ -20,7 +20,7 @@ from afd.planning.operations import (
     student_pass,
     training_flops,
 )
-from afd.planning.parameters import count_backbone, count_discriminator, count_student
+from afd.planning.parameters import count_backbone, count_discriminator, count_student, student_tensors
 from afd.planning.shapes import WAN_SHAPES
 from afd.rollout import SamplerTimes, rollout
 
@@ -75,6 +75,9 @@ def test_student_flops_equal_a_counted_forward_and_backward(
     assert training_flops(operations, is_checkpointed=checkpointed) == expected
     assert count_student(shape, lora).total == sum(p.numel() for p in student.parameters())
     assert count_student(shape, lora).trained == sum(p.numel() for p in student.parameters() if p.requires_grad)
+    tensors = student_tensors(shape, lora)
+    every = [*tensors.before, *(tensors.block + tensors.adapter) * shape.num_layers, *tensors.after]
+    assert sorted(every) == sorted(p.numel() for p in student.parameters())
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
