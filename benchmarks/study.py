@@ -2,7 +2,7 @@
 
     python benchmarks/study.py --preset quick                      # minutes on two cores
     python benchmarks/study.py --preset paper --dry_run            # what it would run, and how long that takes
-    python benchmarks/study.py --preset paper --only main,ablations
+    python benchmarks/study.py --preset paper --only main,ablations --families chunk_wise
 
 Each row is one real run of `launch/train.py` and one measurement on the held-out prompts; rows are appended to
 `<out>/rows.csv` one at a time, and the same command goes on where it was stopped. Tables, plots, contact sheets and
@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from study_rows import METHODS, PRESETS, TABLES, WORLDS, Row, build_rows, search_rows  # noqa: E402 (the path first)
+from study_rows import FAMILIES, METHODS, PRESETS, TABLES, WORLDS, Row, build_rows, search_rows  # noqa: E402 (the path first)
 from study_runs import (  # noqa: E402
     Choice,
     Interrupted,
@@ -54,9 +54,8 @@ def main() -> int:
     os.chdir(ROOT)
     torch.set_num_threads(1)
     study = Study(PRESETS[arguments.preset], arguments.out.resolve())
-    rows, searches = build_rows(study.preset, arguments.only), search_rows(study.preset)
-    if not any(row.method != "base" for row in rows):
-        searches = []
+    rows = build_rows(study.preset, arguments.only, arguments.families)
+    searches = search_rows(study.preset, rows)
     runner = Runner(study, devices=_devices(arguments.jobs), clock=Clock(study.preset))
     print(runner.clock.describe(searches, rows, len(runner.devices)), flush=True)
     if arguments.dry_run:
@@ -85,7 +84,9 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
-    parser.add_argument("--only", type=_tables, default=TABLES, help=f"tables, of {','.join(TABLES)}")
+    parser.add_argument("--only", type=_names_of(TABLES), default=TABLES, help=f"tables, of {','.join(TABLES)}")
+    every = tuple(FAMILIES)
+    parser.add_argument("--families", type=_names_of(every), default=every, help=f"students, of {','.join(every)}")
     parser.add_argument("--out", type=Path, help="folder to write (default: outputs/study_<preset>)")
     parser.add_argument("--jobs", type=int, help="runs at a time without GPUs (default: 2, or 1 on one core)")
     parser.add_argument("--dry_run", action="store_true", help="print the rows and the time they take, and stop")
@@ -94,11 +95,14 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _tables(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if unknown := set(names) - set(TABLES):
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
-    return names
+def _names_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        return names
+
+    return parse
 
 
 def _devices(jobs: int | None) -> list[int | None]:

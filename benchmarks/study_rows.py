@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 FAMILIES = {"chunk_wise": "configs/quickstart.yaml", "frame_wise": "configs/frame_wise.yaml"}
@@ -54,6 +55,8 @@ BEYOND = {
     "logit-normal times": ("nft.time_sampling=logit_normal",),
     "groups of 2": ("rollout.group_size=2",),
     "groups of 16": ("rollout.group_size=16",),
+    "backbone D": ("discriminator.kind=backbone",),
+    "two windows": ("discriminator.clip_frames=6", "discriminator.num_clips=2"),
     "after SFT": (),
 }
 """What could make AFD better and is not in the paper."""
@@ -191,22 +194,36 @@ PRESETS = {
 """`paper` takes an afternoon and more on two cores, `quick` minutes; `micro` is for the tests and measures nothing."""
 
 
-def search_rows(preset: Preset) -> list[Row]:
-    """One run for each family, method and learning rate; its steps are looked at on the way. Training prompts only."""
+def search_rows(preset: Preset, rows: Sequence[Row]) -> list[Row]:
+    """One run for each learning rate of the families and methods that rows train; its steps are looked at on the way.
+    Training prompts only."""
+    wanted = {
+        (row.family if row.family in preset.searched else preset.families[0], row.method)
+        for row in rows
+        if row.method != "base"
+    }
     return [
         Row("search", family, method, f"{method} {rate:g}", _SEARCH_SEED, overrides=(f"learning_rate={rate}",))
         for family in preset.searched
         for method in preset.methods
         for rate in preset.learning_rates
-        if len(preset.learning_rates) * len(preset.step_shares) > 1
+        if (family, method) in wanted and len(preset.learning_rates) * len(preset.step_shares) > 1
     ]
 
 
 _SEARCH_SEED = 1000
 
 
-def build_rows(preset: Preset, only: tuple[str, ...] = TABLES) -> list[Row]:
-    """All rows in the order in which they run: no row comes before one that it goes on from."""
+def build_rows(
+    preset: Preset, only: tuple[str, ...] = TABLES, families: tuple[str, ...] = tuple(FAMILIES)
+) -> list[Row]:
+    """All rows in the order in which they run: no row comes before one that it goes on from.
+
+    Args:
+        preset: which rows there are.
+        only: tables wanted, of `TABLES`.
+        families: wanted, of `FAMILIES`.
+    """
     rows: list[Row] = []
     if "main" in only:
         for family in preset.families:
@@ -227,7 +244,7 @@ def build_rows(preset: Preset, only: tuple[str, ...] = TABLES) -> list[Row]:
         for seed in preset.regime_seeds:
             rows += [Row("regime", "chunk_wise", each, each, seed, world, more, cell) for each in preset.regime_methods]
     assert len({row.id for row in rows}) == len(rows)
-    return rows
+    return [row for row in rows if row.family in families]
 
 
 def _of_afd(table: str, family: str, label: str, seed: int, overrides: tuple[str, ...]) -> Row:

@@ -49,8 +49,21 @@ def test_the_paper_preset_holds_what_was_asked_for(parts: Any) -> None:
     assert preset.search_prompts + preset.validation_prompts == 200
     assert len(preset.seeds) >= 3
     assert {row.label for row in rows if row.table == "d_lr"} == {"0", "low", "x2", "high"}
-    searched = {(row.family, row.method) for row in parts.study_rows.search_rows(preset)}
+    searched = {(row.family, row.method) for row in parts.study_rows.search_rows(preset, rows)}
     assert searched == {(row.family, row.method) for row in main if row.method != "base"}, "one budget for all"
+
+
+def test_a_part_of_the_study_searches_for_what_it_trains(parts: Any) -> None:
+    def searched(name: str, only: tuple[str, ...], families: tuple[str, ...]) -> set[tuple[str, str]]:
+        preset = parts.study_rows.PRESETS[name]
+        rows = parts.study_rows.build_rows(preset, only, families)
+        assert {row.family for row in rows} <= set(families)
+        return {(row.family, row.method) for row in parts.study_rows.search_rows(preset, rows)}
+
+    methods = ("sft", "gan", "dmd", "afd")
+    assert searched("paper", ("main",), ("chunk_wise",)) == {("chunk_wise", method) for method in methods}
+    assert searched("paper", ("d_lr",), ("chunk_wise", "frame_wise")) == {("chunk_wise", "afd")}
+    assert searched("quick", ("main",), ("frame_wise",)) == {("chunk_wise", method) for method in methods}
 
 
 def test_totals_are_fifty_for_the_base_and_rise_as_faults_fall(parts: Any) -> None:
