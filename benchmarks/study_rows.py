@@ -168,7 +168,7 @@ _EVERY_REGIME = tuple(
 PRESETS = {
     "paper": Preset(
         name="paper", rollouts=32, group_size=8, steps=240, warmup_steps=160,
-        learning_rates=(6e-5, 2e-4, 6e-4, 2e-3), step_shares=(1 / 3, 2 / 3, 1.0), searched=("chunk_wise", "frame_wise"),
+        learning_rates=(6e-5, 2e-4, 6e-4), step_shares=(1 / 3, 2 / 3, 1.0), searched=("chunk_wise", "frame_wise"),
         search_prompts=160, validation_prompts=40, heldout_prompts=96, seeds_per_prompt=2, long_prompts=32,
         real_score_steps=600, seeds=(0, 1, 2), families=("chunk_wise", "frame_wise"),
         methods=("sft", "gan", "dmd", "afd"), ablations=tuple(ABLATIONS), d_lr=tuple(D_LR), beyond=tuple(BEYOND),
