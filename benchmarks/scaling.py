@@ -1,10 +1,13 @@
 """Strong and weak scaling: real runs on 1 and 2 CPU ranks, and a simulator from 8 to 1,024 GPUs checked against them.
 
     python benchmarks/scaling.py              # both; writes benchmarks/results/scaling.csv and scaling.png
-    python benchmarks/scaling.py --simulate   # the simulator alone
+    python benchmarks/scaling.py --write_docs docs/planning.md   # the same, and what was measured into the page
+    python benchmarks/scaling.py --simulate   # the simulator alone; keeps the measured lines
 
 CPU ranks share one machine's memory and cores: their seconds say how good the model of a step is, not how a GPU
-cluster scales. The bytes that collectives move are exact on any machine, and compared with the planner's formula.
+cluster scales. The simulator is calibrated without any step of two ranks: on one-rank runs at two batches, alone and in
+unconnected pairs, and on gathers in a bare process group. Then it has to predict the steps of two ranks, within
+TOLERANCE. The collectives, bytes and calls, are exact on any machine, and compared with the planner's formula.
 """
 
 from __future__ import annotations
@@ -15,10 +18,7 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from measurement import describe_commit, describe_versions
+from scaling_runs import GATHERS, PHASES, QUICKSTART, ROOT, RUNS, Found, ds_config, run
 
 from afd.config_file import load_config
 from afd.models.encoders import latent_shape
@@ -39,18 +40,20 @@ from afd.planning.simulation import Cluster, simulate
 from afd.planning.timing import predict_step
 from afd.planning.workload import Workload, build_workload, engine_settings
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-PHASES = ("rollout", "discriminator", "update")
 KINDS: tuple[Kind, ...] = ("all_gather", "reduce_scatter", "all_reduce")
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 STRONG_BATCH = 1024  # one rollout a GPU at the end; G = 1 divides everywhere
+TOLERANCE = 0.15
+"""A simulated step of two ranks may be this much shorter or longer than the measured one. Fixed before measuring."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV; seconds per step, GB sent per rank and step, `kind` measured or simulated."""
+    """One line of the CSV; seconds per step, GB sent per rank and step, `kind` measured or simulated.
+
+    `spread` is of the measured seconds, (80 % quantile - 20 % quantile) / median; `calls` are bulk collectives a step.
+    """
 
     kind: str
     student: str
@@ -65,22 +68,8 @@ class Row:
     simulated_s: float
     device: str
     commit: str
-
-
-def ds_config(stage: int, batch: int, ranks: int) -> dict[str, Any]:
-    """A float32 JSON for `batch` rollouts over the ranks in one micro batch; prefetch off, so that traffic is exact."""
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 1000000}
-    if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
-        zero["stage3_prefetch_bucket_size"] = 0
-    return {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": batch // ranks,
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-    }
+    spread: float = math.nan
+    calls: int = 0
 
 
 def cpu_workload(batch: int, ranks: int) -> Workload:
@@ -98,117 +87,176 @@ def cpu_workload(batch: int, ranks: int) -> Workload:
     )
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """One rank of a measured run: seconds by phase, bulk collectives by phase, the speed of a gather."""
-    import torch
-    import torch.distributed as dist
-    from collectives import Collectives
-
-    from afd.distributed import close_world, init_world, seeded_generator
-    from afd.train.builders import build_roles
-    from afd.train.objectives import StepTimer, afd_step
-    from afd.train.preflight import plan_run
-    from afd.types import VideoBatch
-
-    class Watched(StepTimer):
-        def __init__(self, counter: Collectives) -> None:
-            super().__init__()
-            self.counter = counter
-
-        def phase(self, name: str) -> Any:
-            self.counter.phase = name
-            return super().phase(name)
-
-    world = init_world(600)
-    config = load_config(QUICKSTART, [f"output_dir={arguments.result.parent / 'run'}"])
-    student, discriminator = (ds_config(stage, arguments.batch, world.size) for stage in (3, 2))
-    plan = plan_run(config, student, discriminator, world_size=world.size)
-    roles = build_roles(config, plan, student, discriminator, world=world)
-    ids = torch.arange(plan.prompts_per_rank) + world.rank * plan.prompts_per_rank
-    generator, text = seeded_generator(world.rank), (plan.shape.text_len, plan.shape.text_dim)
-    latents = torch.randn(len(ids), *plan.latents, generator=generator)
-    batch = VideoBatch(ids, tuple(map(str, ids.tolist())), latents, torch.randn(len(ids), *text, generator=generator))
-    seconds = []
-    for step in range(1 + arguments.steps):  # the first is a warm-up
-        start = time.perf_counter()
-        afd_step(roles, batch, config, step, world=world, timer=StepTimer())
-        seconds.append(time.perf_counter() - start)
-    with Collectives() as collectives:
-        afd_step(roles, batch, config, 1 + arguments.steps, world=world, timer=Watched(collectives))
-    piece = torch.zeros(2**19)
-    whole, gathers = torch.zeros(2**19 * world.size), []
-    for _ in range(9 if world.size > 1 else 0):
-        start = time.perf_counter()
-        dist.all_gather_into_tensor(whole, piece)
-        gathers.append(time.perf_counter() - start)
-    if world.is_main:
-        moved = {phase: collectives.bulk(phase) for phase in PHASES}
-        gather = statistics.median(gathers) if gathers else math.nan
-        found = {"seconds": seconds[1:], "moved": moved, "gather_s": gather, "gather_bytes": whole.numel() * 4}
-        arguments.result.write_text(json.dumps(found))
-    close_world()
+BEGIN, END = "<!-- begin: benchmarks/scaling.py --write_docs -->", "<!-- end: scaling -->"
 
 
-def run_ranks(ranks: int, batch: int, steps: int) -> dict[str, Any]:
-    """Start the measured run on 1 or 2 ranks and read what rank 0 found."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        arguments = ["--worker", str(result), "--batch", str(batch), "--steps", str(steps)]
-        command = [sys.executable, *launcher, str(Path(__file__).resolve()), *arguments]
-        paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{ranks} ranks failed: {done.stderr[-2000:]}")
-        return json.loads(result.read_text())
+def spread(samples: list[float]) -> float:
+    """(80 % quantile - 20 % quantile) / median."""
+    low, _, _, high = statistics.quantiles(samples, n=5, method="inclusive")
+    return (high - low) / statistics.median(samples)
 
 
-def calibrated(seconds: float, batch: int) -> Gpu:
-    """A CPU rank as the simulator's accelerator: its arithmetic rate makes one rank's step as long as measured."""
-    work, free = cpu_workload(batch, 1), 1e18
-    unit = Gpu("cpu", 2**40, 1.0, free, free, 0.0)
-    products = predict_step(work, unit, Interconnect("none", free, 0.0)).seconds
-    return replace(unit, name="cpu rank", flops=products / seconds)
+def calibrated(seconds: dict[int, list[float]], network: Interconnect, *, apart: float) -> Cluster:
+    """A CPU rank as the simulator's accelerator, from one-rank steps at two batches.
+
+    The arithmetic rate makes the difference between the batches as long as measured; what is left over is the host's.
+
+    Args:
+        seconds: of the steps, by rollouts.
+        network: gloo's.
+        apart: mean of |a - b| over the mean step, of two processes that do the same: 2 / sqrt(pi) deviations.
+    """
+    free = 1e18
+    unit = Gpu("cpu rank", 2**40, 1.0, free, free, 0.0)
+    times = {batch: statistics.median(each) for batch, each in seconds.items()}
+    products = {batch: predict_step(cpu_workload(batch, 1), unit, Interconnect("none", free, 0.0)).seconds
+                for batch in times}  # fmt: skip
+    small, large = sorted(times)
+    rate = (products[large] - products[small]) / (times[large] - times[small])
+    return Cluster(
+        replace(unit, flops=rate, nvlink=network.node_bandwidth),
+        network,
+        jitter=apart * math.sqrt(math.pi) / 2,
+        host_s=times[small] - products[small] / rate,
+        overlaps=False,
+    )
 
 
-def measured_rows(steps: int) -> list[Row]:
-    """Strong (32 rollouts in all) and weak (32 a rank) scaling on real ranks, beside the simulator's seconds."""
+def calibrate(found: Found) -> dict[int, Cluster]:
+    """The simulator's cluster for one rank alone and for two, without a look at the steps of two ranks."""
+    network = gloo(found.gather_s)
+    pair = {batch: each + found.second[batch] for batch, each in found.seconds["pair"].items()}
+    both = [(a, b) for batch, each in found.seconds["pair"].items()
+            for a, b in zip(each, found.second[batch], strict=True)]  # fmt: skip
+    apart = statistics.fmean(2 * abs(a - b) / (a + b) for a, b in both)
+    return {
+        1: calibrated(found.seconds["alone"], network, apart=0.0),
+        2: calibrated(pair, network, apart=apart),
+    }
+
+
+def gloo(gather_s: dict[str, list[float]]) -> Interconnect:
+    """Latency and bandwidth of two ranks' gathers: a rank sends half of the whole tensor."""
+    times = {name: statistics.median(each) for name, each in gather_s.items()}
+    sent = (GATHERS["large"][0] - GATHERS["small"][0]) / 2
+    return Interconnect("gloo", sent / (times["large"] - times["small"]) / ASSUMED.network, times["small"])
+
+
+def check_collectives(found: Found, batch: int, ranks: int) -> tuple[float, float, int]:
+    """(GB counted, GB planned) that a rank sends in a step, and planned calls.
+
+    Raises:
+        RuntimeError: bytes or calls are not those that were planned.
+    """
+    transfers = plan_transfers(cpu_workload(batch, ranks))
+    moved = found.moved[batch] if ranks > 1 else {}
+    formula = {
+        phase: {kind: [total_calls(transfers[phase], kind), total_bytes(transfers[phase], kind)] for kind in KINDS}
+        for phase in PHASES
+    }
+    if ranks > 1 and moved != formula:
+        raise RuntimeError(f"{ranks} ranks, {batch} rollouts: counted {moved}, planned {formula}")
+    every = [each for phase in transfers.values() for each in phase]
+    rounds = {"all_gather": 0.5, "reduce_scatter": 0.5, "all_reduce": 1.0}  # of a ring of two
+    counted = sum(rounds[kind] * size for each in moved.values() for kind, (_, size) in each.items())
+    return counted / 1e9, sum(each.sent(ranks) for each in every) / 1e9, sum(each.calls for each in every)
+
+
+def measured_rows(rounds: int) -> tuple[list[Row], list[str]]:
+    """Strong (32 rollouts in all) and weak (32 a rank) scaling on real ranks, beside the simulator's seconds; and how
+    the simulator was calibrated, in words."""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     device = f"{cores} CPU cores, load {load:.1f} at the start"
     if load > 1.0:
         print(f"warning: load {load:.1f}: other processes compete for {cores} cores; only the volumes mean anything")
-    runs = {(1, 32): run_ranks(1, 32, steps), (2, 32): run_ranks(2, 32, steps), (2, 64): run_ranks(2, 64, steps)}
-    alone = statistics.median(runs[1, 32]["seconds"])
-    gpu, two = calibrated(alone, 32), runs[2, 32]
-    speed = two["gather_bytes"] / 2 / two["gather_s"] / ASSUMED.network
-    gpu = replace(gpu, nvlink=speed)
-    network = Interconnect("gloo", speed, 0.0)
-    print(
-        f"calibrated on one rank: {gpu.flops * ASSUMED.matmul / 1e9:.2f} GFLOP/s in products; "
-        f"gloo {speed / 1e9:.2f} GB/s"
-    )
-    rows: list[Row] = []
+    found = run(rounds)
+    clusters, rows = calibrate(found), []
+    one = statistics.median(found.seconds["alone"][32])
     for scaling, ranks, batch in (("strong", 1, 32), ("strong", 2, 32), ("weak", 1, 32), ("weak", 2, 64)):
-        found, work = runs[ranks, batch], cpu_workload(batch, ranks)
-        seconds = statistics.median(found["seconds"])
-        transfers = plan_transfers(work)
-        formula = {
-            phase: {kind: [total_calls(transfers[phase], kind), total_bytes(transfers[phase], kind)] for kind in KINDS}
-            for phase in PHASES
-        }
-        if ranks > 1 and found["moved"] != formula:
-            raise RuntimeError(f"{scaling}, {ranks} ranks: counted {found['moved']}, planned {formula}")
-        planned = sum(each.sent(ranks) for phase in transfers.values() for each in phase)
-        rounds = {"all_gather": 0.5, "reduce_scatter": 0.5, "all_reduce": 1.0}
-        counted = sum(rounds[kind] * size for each in found["moved"].values() for kind, (_, size) in each.items())
-        simulated = simulate(work, Cluster(gpu, network, jitter=0.02)).seconds
-        ideal = alone if scaling == "weak" else alone / ranks
+        samples = found.seconds["alone" if ranks == 1 else "together"][batch]
+        seconds = statistics.median(samples)
+        counted, planned, calls = check_collectives(found, batch, ranks)
+        simulated = simulate(cpu_workload(batch, ranks), clusters[ranks]).seconds
+        ideal = one if scaling == "weak" else one / ranks
         rows.append(
-            Row("measured", "quick start", scaling, ranks, batch, seconds, batch / seconds, ideal / seconds,
-                counted / 1e9 if ranks > 1 else 0.0, planned / 1e9, simulated, device, describe_commit())
+            Row("measured", "quick start", scaling, ranks, batch, seconds, batch / seconds, ideal / seconds, counted,
+                planned, simulated, device, describe_commit(), spread(samples), calls)
         )  # fmt: skip
-    return rows
+    return rows, [*describe_calibration(found, clusters), *describe_phases(found, clusters[2])]
+
+
+def describe_calibration(found: Found, clusters: dict[int, Cluster]) -> list[str]:
+    """What the simulator was told, and how sure it is."""
+    lines = []
+    for mode, batches in found.seconds.items():
+        for batch, times in batches.items():
+            use = "what is to be predicted" if mode == "together" else "calibrates"
+            lines.append(
+                f"{mode}, {batch} rollouts: median {statistics.median(times):.3f} s of {len(times)} steps, "
+                f"spread {spread(times):.0%} ({use})"
+            )
+    for name, cluster in zip(("one rank", "each of two ranks"), clusters.values(), strict=True):
+        rate = cluster.gpu.flops * cluster.assumed.matmul / 1e9
+        lines.append(f"{name}: {rate:.2f} GFLOP/s in products, {cluster.host_s:.3f} s of host per step")
+    network, gathers = clusters[2].network, found.gather_s
+    lines.append(
+        f"gloo: {network.latency * 1e6:.0f} us a call (spread {spread(gathers['small']):.0%}), "
+        f"{network.node_bandwidth * ASSUMED.network / 1e9:.2f} GB/s; ranks differ by {clusters[2].jitter:.1%}"
+    )
+    return lines
+
+
+def describe_phases(found: Found, cluster: Cluster) -> list[str]:
+    """Where the seconds of two ranks go: measured beside simulated."""
+    lines = []
+    for batch in RUNS["together"]:
+        guess = simulate(cpu_workload(batch, 2), cluster)
+        times = {name: statistics.median(each) for name, each in found.phases[batch].items()}
+        times["discriminator"] += times.pop("score")  # the planner's phase has both
+        parts = ", ".join(f"{name} {times[name]:.3f} ({guess.phases[name]:.3f})" for name in PHASES)
+        lines.append(
+            f"2 ranks, {batch} rollouts, measured s (simulated s): {parts}; simulated host {cluster.host_s:.3f}, "
+            f"collectives {guess.network_s:.3f}, waiting {guess.waiting_s:.3f}"
+        )
+    return lines
+
+
+def document(path: Path, rows: list[Row], lines: list[str]) -> None:
+    """Put what was measured between the page's markers.
+
+    Raises:
+        ValueError: it has none.
+    """
+    text, measured = path.read_text(), [row for row in rows if row.kind == "measured"]
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{path} must hold the markers {BEGIN} and {END}, got none")
+    head, rest = text.split(BEGIN, 1)
+    columns = "MB sent a rank and step: counted | formula | calls | s / step | spread | simulated | ratio"
+    table = [
+        f"Float32, {measured[0].device}, commit {measured[0].commit}:\n",
+        f"| quick start's student | ranks | rollouts | {columns} |",
+        "|---" * 10 + "|",
+    ]
+    for row in measured:
+        simulated = f"{row.simulated_s:.2f} | {row.seconds / row.simulated_s:.2f}"
+        table.append(
+            f"| {row.scaling} | {row.ranks} | {row.rollouts} | {row.sent_gb * 1e3:.6f} | {row.formula_gb * 1e3:.6f} | "
+            f"{row.calls} | {row.seconds:.2f} | {row.spread:.0%} | "
+            + ("calibrated on it | - |" if row.ranks == 1 else f"{simulated} |")
+        )
+    block = [*table, "", f"**{verdict(rows)}.**", "", *(f"- {line}" for line in lines)]
+    path.write_text(f"{head}{BEGIN}\n" + "\n".join(block) + f"\n{END}{rest.split(END, 1)[1]}")
+
+
+def verdict(rows: list[Row]) -> str:
+    """Whether the simulator met the two-rank steps, which it was not calibrated on."""
+    checked = [row for row in rows if row.kind == "measured" and row.ranks > 1]
+    if not checked:
+        return "NOT validated: nothing was measured"
+    ratios = {row.scaling: row.seconds / row.simulated_s for row in checked}
+    words = ", ".join(f"{scaling} {ratio:.2f}" for scaling, ratio in ratios.items())
+    met = all(abs(ratio - 1.0) <= TOLERANCE for ratio in ratios.values())
+    return f"measured / simulated on two ranks: {words}: {'' if met else 'NOT '}validated within {TOLERANCE:.0%}"
 
 
 def simulated_rows() -> list[Row]:
@@ -236,18 +284,19 @@ def _simulated(config: Any, case: tuple[str, str, str], ranks: int, batch: int, 
     machine = Machine(GPUS["h100-80g"], INTERCONNECTS[case[2]], ranks)
     work = make_plan(config, planned_shape(config), (pair[0], pair[1]), machine).workload
     seconds = simulate(work, Cluster(machine.gpu, machine.network)).seconds
-    sent = sum(each.sent(ranks) for phase in plan_transfers(work).values() for each in phase) / 1e9
+    every = [each for phase in plan_transfers(work).values() for each in phase]
+    sent, calls = sum(each.sent(ranks) for each in every) / 1e9, sum(each.calls for each in every)
     rate = batch / seconds
     efficiency = rate / ranks / first if first else 1.0
     return Row("simulated", *case[:2], ranks, batch, seconds, rate, efficiency, math.nan, sent, seconds,
-               machine.gpu.name, describe_commit())  # fmt: skip
+               machine.gpu.name, describe_commit(), calls=calls)  # fmt: skip
 
 
 def _measured_before(path: Path) -> list[Row]:
     """The measured lines of an earlier run."""
     if not path.is_file():
         return []
-    types: dict[str, Any] = {"ranks": int, "rollouts": int} | dict.fromkeys(
+    types: dict[str, Any] = {"ranks": int, "rollouts": int, "calls": int, "spread": float} | dict.fromkeys(
         ("seconds", "rollouts_per_s", "efficiency", "sent_gb", "formula_gb", "simulated_s"), float
     )
     with path.open() as file:
@@ -279,6 +328,8 @@ def plot(rows: list[Row], path: Path) -> None:
     right.set_xticks(list(places), names)
     right.set_ylabel("seconds per step")
     right.set_title("quick start on " + (measured[0].device if measured else "CPU ranks"), fontsize=10)
+    for x, row in zip(places, measured, strict=True):
+        right.annotate(f"{row.seconds / row.simulated_s:.2f}", (x, max(row.seconds, row.simulated_s)), ha="center")
     right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -288,24 +339,25 @@ def main() -> int:
     """Measure, simulate, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulate", action="store_true", help="the simulator alone; keeps the measured lines")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of every measured run")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of every kind, in turn")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--worker", dest="result", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--write_docs", type=Path, metavar="FILE", help="also put what was measured into a page")
     arguments = parser.parse_args()
-    if arguments.result is not None:
-        measure(arguments)
-        return 0
+    if arguments.simulate and arguments.write_docs:
+        parser.error("--write_docs writes what was measured: leave out --simulate")
     print(f"{describe_versions()}\nassumed: {ASSUMED}\ncluster: {Cluster(GPUS['h100-80g'], INTERCONNECTS['ib-400'])}")
-    kept = _measured_before(arguments.out / "scaling.csv") if arguments.simulate else measured_rows(arguments.steps)
-    rows = kept + simulated_rows()
+    if arguments.simulate:
+        measured, lines = _measured_before(arguments.out / "scaling.csv"), []
+    else:
+        measured, lines = measured_rows(arguments.rounds)
+    rows = measured + simulated_rows()
+    print("\n".join(lines))
     for row in rows:
         print(
             f"{row.kind:9} {row.student:22} {row.scaling:6} {row.ranks:5} ranks {row.rollouts:5} rollouts "
             f"{row.seconds:8.2f} s  simulated {row.simulated_s:8.2f} s  efficiency {row.efficiency:5.2f}  "
             + ("" if math.isnan(row.sent_gb) else f"counted {row.sent_gb * 1e3:.6f} MB, ")
-            + f"planned {row.formula_gb * 1e3:.6f} MB a rank"
+            + f"planned {row.formula_gb * 1e3:.6f} MB a rank in {row.calls} calls"
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "scaling.csv").open("w", newline="") as file:
@@ -313,7 +365,9 @@ def main() -> int:
         writer.writeheader()
         writer.writerows(row.__dict__ for row in rows)
     plot(rows, arguments.out / "scaling.png")
-    print(f"wrote {arguments.out / 'scaling.csv'} and scaling.png")
+    if arguments.write_docs is not None:
+        document(arguments.write_docs, rows, lines)
+    print(f"wrote {arguments.out / 'scaling.csv'} and scaling.png\n{verdict(rows)}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """A step on many ranks, simulated: gathers and computation of every block as events, ranks that differ, waiting.
 
-Refines `predict_step`: instead of one share of overlap, the update's blocks are walked through on two queues
-(computation, network) with one block gathered ahead; every collective costs a latency that grows with the ranks; ranks
-are slower or faster by chance, and each phase ends when the slowest is done. Assumptions are fields, and printed.
+Refines `predict_step`: instead of one share of overlap, a phase's gathers are walked through on two queues
+(computation, network) with one gathered ahead; every collective costs a latency that grows with the ranks; ranks are
+slower or faster by chance, and each phase ends when the slowest is done. Assumptions are fields, and printed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class Cluster:
         gpus_per_node: ranks of a node.
         jitter: standard deviation of a rank's computation time in a phase, relative.
         contention: how much slower the network is per doubling of the nodes, relative.
+        host_s: seconds of a step's Python that no accelerator hides and that do not depend on the rollouts; 0 where
+            the host runs ahead of the accelerator.
+        overlaps: collectives run beside the computation, as NCCL's do on a stream of their own and gloo's do not.
         trials: steps averaged.
         seed: of the ranks' luck.
         assumed: efficiencies.
@@ -35,6 +38,8 @@ class Cluster:
     gpus_per_node: int = GPUS_PER_NODE
     jitter: float = 0.02
     contention: float = 0.05
+    host_s: float = 0.0
+    overlaps: bool = True
     trials: int = 16
     seed: int = 0
     assumed: Efficiency = ASSUMED
@@ -46,15 +51,17 @@ class Simulated:
 
     Attributes:
         seconds: mean over the trials.
-        compute_s: of the average rank, no waiting.
+        compute_s: of the average rank, no waiting; `Cluster.host_s` included.
         waiting_s: for the slowest rank.
         network_s: not hidden behind computation.
+        phases: by name, without `Cluster.host_s`.
     """
 
     seconds: float
     compute_s: float
     waiting_s: float
     network_s: float
+    phases: dict[str, float]
 
 
 def simulate(work: Workload, cluster: Cluster) -> Simulated:
@@ -62,22 +69,25 @@ def simulate(work: Workload, cluster: Cluster) -> Simulated:
     step = predict_step(
         work, cluster.gpu, cluster.network, gpus_per_node=cluster.gpus_per_node, assumed=cluster.assumed
     )
-    ranks, exposed, compute = work.num_gpus, 0.0, 0.0
-    slowest = 0.0
+    network = compute = waiting = 0.0
+    phases: dict[str, float] = {}
     luck = random.Random(cluster.seed)
     for name, phase in step.phases.items():
-        exposed += _exposed(name, phase, work, cluster)
-        compute += phase.compute_s
-        draws = (
-            max(luck.gauss(0.0, cluster.jitter) for _ in range(ranks)) if ranks > 1 else 0.0
-            for _ in range(cluster.trials)
-        )
-        slowest += phase.compute_s * sum(max(0.0, each) for each in draws) / cluster.trials
-    rest = sum(
-        phase.seconds - phase.compute_s - max(0.0, _plain_waits(name, phase, work, cluster))
-        for name, phase in step.phases.items()
-    )
-    return Simulated(compute + slowest + exposed + rest, compute + rest, slowest, exposed)
+        exposed = _exposed(name, phase, work, cluster)
+        slowest = phase.compute_s * _slowest(work.num_gpus, cluster, luck)
+        own = phase.seconds - max(0.0, _plain_waits(name, phase, work, cluster))  # the optimizer's with it
+        phases[name] = own + slowest + exposed
+        network, compute, waiting = network + exposed, compute + own, waiting + slowest
+    seconds = cluster.host_s + sum(phases.values())
+    return Simulated(seconds, cluster.host_s + compute, waiting, network, phases)
+
+
+def _slowest(ranks: int, cluster: Cluster, luck: random.Random) -> float:
+    """How much longer than the average rank the slowest computes, relative; mean over the trials."""
+    if ranks == 1:
+        return 0.0
+    draws = (max(luck.gauss(0.0, cluster.jitter) for _ in range(ranks)) for _ in range(cluster.trials))
+    return sum(max(0.0, each) for each in draws) / cluster.trials
 
 
 def _clock(work: Workload, cluster: Cluster) -> Clock:
@@ -94,23 +104,18 @@ def _plain_waits(name: str, phase: Phase, work: Workload, cluster: Cluster) -> f
 
 def _exposed(name: str, phase: Phase, work: Workload, cluster: Cluster) -> float:
     """Seconds of a phase that the network adds to the computation."""
-    if work.num_gpus == 1:
-        return 0.0
     clock = _clock(work, cluster)
     nodes = max(1, work.num_gpus // cluster.gpus_per_node)
     slower = 1.0 + cluster.contention * (nodes.bit_length() - 1)
-    total = exposed = 0.0
+    latency = cluster.network.latency * max(1, (work.num_gpus - 1).bit_length())
+    hidden, exposed, calls = 0.0, 0.0, 0
     for transfer in plan_transfers(work)[name]:
-        seconds = clock.transfer_seconds(transfer) * (1.0 if transfer.in_node else slower)
-        if transfer.is_overlapped:
-            total += seconds
+        seconds = clock.transfer_seconds(transfer) * (1.0 if transfer.in_node else slower) + transfer.calls * latency
+        if transfer.is_overlapped and cluster.overlaps:
+            hidden, calls = hidden + seconds, calls + transfer.calls
         else:
             exposed += seconds
-    layers = work.shape.num_layers if name == "update" else 1
-    passes = max(1, 2 * work.student.accumulation * work.updates_per_rollout) if name == "update" else 1
-    calls = layers * passes
-    latency = cluster.network.latency * max(1, (work.num_gpus - 1).bit_length())
-    return exposed + _walk(phase.compute_s / calls, total / calls + latency, calls)
+    return exposed + (_walk(phase.compute_s / calls, hidden / calls, calls) if calls else 0.0)
 
 
 def _walk(compute: float, network: float, calls: int) -> float:
