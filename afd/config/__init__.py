@@ -95,3 +95,8 @@ class RunConfig(Section):
     stopping: StoppingSection = StoppingSection()
     tracking: TrackingSection = TrackingSection()
     pretrain: PretrainSection = PretrainSection()
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether the objective asks a discriminator; else none is built, planned or saved."""
+        return self.objective in ("afd", "gan")

@@ -82,6 +82,8 @@ def _num_tensors(work: Workload) -> int:
 def _discriminator(work: Workload) -> list[Transfer]:
     """Under stage 3 a block is taken for one gather: exact on the student's backbone, too few for other kinds."""
     engine, count = work.discriminator, work.discriminator_parameters.trained
+    if engine is None:
+        return []
     size, steps = count * engine.width, work.discriminator_steps
     times = steps * engine.accumulation
     if engine.stage == 3:

@@ -55,7 +55,10 @@ class Memory:
 def plan_memory(work: Workload) -> Memory:
     """Bytes by part for a workload."""
     held, host = _held(work)
-    phases = {"rollout": _rollout(work), "discriminator": _discriminator(work), "update": _update(work)}
+    phases = {"rollout": _rollout(work)}
+    if work.discriminator is not None:
+        phases["discriminator"] = _discriminator(work, work.discriminator)
+    phases["update"] = _update(work)
     if work.vlm is not None:
         clips = work.rollouts_per_gpu * _clip_elements(work) * 4
         phases["decoding"] = {
@@ -104,6 +107,8 @@ def _held(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
 
 def _discriminator_states(work: Workload) -> int:
     count, engine = work.discriminator_parameters, work.discriminator
+    if engine is None:
+        return 0
     shards = work.num_gpus if engine.stage >= 1 else 1
     weights = count.total * engine.width // (work.num_gpus if engine.stage == 3 else 1)
     return weights + count.trained * (_MASTER + _MOMENTS) // shards
@@ -173,8 +178,8 @@ def _reduction_buckets(engine: EngineSettings, trained: int) -> int:
     return (size if engine.stage in (1, 2) else min(size, trained)) * engine.width
 
 
-def _discriminator(work: Workload) -> dict[str, int]:
-    engine, count = work.discriminator, work.discriminator_parameters.trained
+def _discriminator(work: Workload, engine: EngineSettings) -> dict[str, int]:
+    count = work.discriminator_parameters.trained
     clips = work.clips_per_pair * engine.micro * work.windows[0]
     if work.vlm is not None:
         saved = work.vlm.saved_bytes(clips=clips, width=engine.width)

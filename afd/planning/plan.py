@@ -97,7 +97,8 @@ def make_plan(config: RunConfig, shape: StudentShape, ds_configs: DSConfigs, mac
     batches = check_divides(
         config, shape, latents, ds_configs, num_gpus=machine.num_gpus, gpus_per_node=machine.gpus_per_node
     )
-    student, discriminator = (engine_settings(*pair) for pair in zip(ds_configs, batches, strict=True))
+    student = engine_settings(ds_configs[0], batches[0])
+    discriminator = engine_settings(ds_configs[1], batches[1]) if batches[1] else None
     work = build_workload(
         config, shape, latents=latents, num_gpus=machine.num_gpus, engines=(student, discriminator), kernels="fused"
     )

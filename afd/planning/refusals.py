@@ -14,8 +14,10 @@ from afd_kernels.block_causal_attention import parse_impl
 from afd_kernels.block_causal_attention_triton import HEAD_DIMS
 from afd_kernels.layout import whole_chunk_spans
 
+Batch = tuple[int, int, int]  # (global, micro, accumulation)
 
-def batch_arithmetic(ds_config: dict[str, Any], world_size: int) -> tuple[int, int, int]:
+
+def batch_arithmetic(ds_config: dict[str, Any], world_size: int) -> Batch:
     """Solve global = micro * accumulation * world_size for the number the JSON leaves out.
 
     Returns:
@@ -52,28 +54,29 @@ def check_divides(
     *,
     num_gpus: int,
     gpus_per_node: int,
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+) -> tuple[Batch, Batch | None]:
     """Check that batches, heads, chunks and nodes divide.
 
     Args:
         config: the run's.
         shape: the student's.
         latents: (C, F, H, W).
-        ds_configs: of the student's and of the discriminator's engine.
+        ds_configs: of the student's and of the discriminator's engine; the latter is not read where none is built.
         num_gpus: ranks.
         gpus_per_node: ranks on one node.
     Returns:
-        (global, micro, accumulation) of the student and of the discriminator.
+        (global, micro, accumulation) of the student and of the discriminator; None where none is built.
     Raises:
         ConfigError: the first thing that does not divide.
     """
     try:
-        student, discriminator = (batch_arithmetic(each, num_gpus) for each in ds_configs)
+        student = batch_arithmetic(ds_configs[0], num_gpus)
+        discriminator = batch_arithmetic(ds_configs[1], num_gpus) if config.has_discriminator else None
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_chunks(config, shape, latents)
     _check_heads(config, shape, ds_configs[0])
-    if student[0] != discriminator[0]:
+    if discriminator is not None and student[0] != discriminator[0]:
         raise ConfigError(
             f"train_batch_size must be the same in both DeepSpeed JSONs (rollouts per step), got {student[0]} for the "
             f"student and {discriminator[0]} for the discriminator"
@@ -98,6 +101,8 @@ def _check_chunks(config: RunConfig, shape: StudentShape, latents: tuple[int, in
         whole_chunk_spans(frames, shape.chunk_frames, shape.first_chunk_frames)
     except ValueError as error:
         raise ConfigError(f"video.{error}") from error
+    if not config.has_discriminator:
+        return
     _check_windows(config, frames)
     if config.discriminator.kind == "backbone":
         try:

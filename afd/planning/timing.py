@@ -22,7 +22,7 @@ from afd.planning.operations import (
     training_flops,
 )
 from afd.planning.vlm import VLMPlan
-from afd.planning.workload import Workload
+from afd.planning.workload import EngineSettings, Workload
 
 _ELEMENTWISE_FORWARD, _ELEMENTWISE_BACKWARD = 20, 40  # [tokens, dim] tensors read or written around the products
 
@@ -145,11 +145,13 @@ def _elementwise(work: Workload, tokens: int, tensors: int) -> float:
 
 def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
     engine, shape = work.discriminator, work.discriminator_shape
+    if engine is None:
+        return [], 0.0
     clips, text_len, latents = engine.micro * work.windows[0], work.shape.text_len, work.window_latents
     if work.vlm is not None:
-        return _vlm_work(work, work.vlm)
+        return _vlm_work(work, engine, work.vlm)
     if work.backbone is not None:
-        return _backbone_work(work, work.backbone, clips)
+        return _backbone_work(work, engine, work.backbone, clips)
     train = discriminator_pass(shape, latents, batch=work.clips_per_pair * clips, text_len=text_len)
     judge = discriminator_pass(shape, latents, batch=clips, text_len=text_len)
     tokens = clips * math.prod(latents[1:]) // math.prod(shape.patch_size)
@@ -159,8 +161,8 @@ def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
     return [Load([], train, False, engine.accumulation * steps), Load(judge, [], False, engine.accumulation)], moved
 
 
-def _vlm_work(work: Workload, vlm: VLMPlan) -> tuple[list[Load], float]:
-    engine, steps = work.discriminator, work.discriminator_steps
+def _vlm_work(work: Workload, engine: EngineSettings, vlm: VLMPlan) -> tuple[list[Load], float]:
+    steps = work.discriminator_steps
     pairs = work.clips_per_pair * engine.micro
     train = [vlm.operations(pairs, learns=learns) for learns in (False, True)]
     judge = [each for learns in (False, True) for each in vlm.operations(engine.micro, learns=learns)]
@@ -173,8 +175,10 @@ def _vlm_work(work: Workload, vlm: VLMPlan) -> tuple[list[Load], float]:
     ], moved
 
 
-def _backbone_work(work: Workload, section: BackboneSection, clips: int) -> tuple[list[Load], float]:
-    engine, shape, latents = work.discriminator, work.shape, work.window_latents
+def _backbone_work(
+    work: Workload, engine: EngineSettings, section: BackboneSection, clips: int
+) -> tuple[list[Load], float]:
+    shape, latents = work.shape, work.window_latents
     pairs, steps = work.clips_per_pair * clips, work.discriminator_steps
     frozen, heads = backbone_pass(shape, section, latents, batch=pairs)
     judge = [each for part in backbone_pass(shape, section, latents, batch=clips) for each in part]

@@ -92,7 +92,7 @@ class Workload:
         windows: what D scores of a clip: (windows, latent frames of each).
         copies_keys: see `PassShape`.
         kernels: `fused` on CUDA, `eager` on CPU.
-        student, discriminator: engines.
+        student, discriminator: engines; None for a discriminator that is not built.
         uses_vae: a Wan VAE decodes samples.
     """
 
@@ -119,7 +119,7 @@ class Workload:
     copies_keys: bool
     kernels: Kernels
     student: EngineSettings
-    discriminator: EngineSettings
+    discriminator: EngineSettings | None
     uses_vae: bool
 
     @property
@@ -140,7 +140,9 @@ class Workload:
 
     @property
     def discriminator_parameters(self) -> ParameterCount:
-        """The discriminator's."""
+        """The discriminator's; none where it is not built."""
+        if self.discriminator is None:
+            return ParameterCount(0, 0, 0)
         if self.vlm is not None:
             return ParameterCount(0, self.vlm.total - self.vlm.trained, 0, heads=self.vlm.trained)
         if self.backbone is not None:
@@ -184,7 +186,7 @@ def build_workload(
     *,
     latents: tuple[int, int, int, int],
     num_gpus: int,
-    engines: tuple[EngineSettings, EngineSettings],
+    engines: tuple[EngineSettings, EngineSettings | None],
     kernels: Kernels,
 ) -> Workload:
     """Put a configuration, the student's shape and both engines (student, discriminator) together.
@@ -197,7 +199,7 @@ def build_workload(
         shape=shape,
         discriminator_shape=config.discriminator.shape,
         backbone=config.discriminator.backbone if config.discriminator.kind == "backbone" else None,
-        vlm=plan_discriminator_vlm(config),
+        vlm=plan_discriminator_vlm(config) if config.has_discriminator else None,
         latents=latents,
         fps=config.video.fps,
         num_gpus=num_gpus,

@@ -11,6 +11,7 @@ from afd.models.lora import add_lora, add_old_adapter, old_adapter_name
 from afd.models.student import CausalBlock, CausalStudent
 from afd.models.weights import fill_student, load_student, open_student
 from afd.train.averaging import Decay, ParameterAverage, decay_after_75, decay_ramp_to_half
+from afd.train.discriminator_view import latent_view
 from afd.train.discriminators import build_discriminator, build_view
 from afd.train.ds_config import DSConfig, load_ds_config
 from afd.train.engines import Engine, build_engine, build_sharded, write_shard
@@ -22,14 +23,16 @@ from afd.train.replay import RolloutReplay
 def build_roles(
     config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
 ) -> Roles:
-    """Both engines and the three averages of a run; collective."""
+    """The engines and the three averages of a run; collective. No discriminator where the objective never asks it."""
     student = build_student(config, plan, ds_student)
-    discriminator = build_discriminator(config, plan, world, ds_config=ds_discriminator)
+    discriminator = None
+    if config.has_discriminator:
+        discriminator = build_discriminator(config, plan, world, ds_config=ds_discriminator)
     return roles_around(student, discriminator, config, ds_student, ds_discriminator, world=world)
 
 
 def roles_around(
-    student: CausalStudent, discriminator: nn.Module, config: RunConfig, ds_student: DSConfig,
+    student: CausalStudent, discriminator: nn.Module | None, config: RunConfig, ds_student: DSConfig,
     ds_discriminator: DSConfig, *, world: World,
 ) -> Roles:  # fmt: skip
     """The same around models that are in memory, the student as `train_ready` leaves it; collective."""
@@ -37,12 +40,16 @@ def roles_around(
     student_engine = build_engine(student, ds_student, leaf_modules=(CausalBlock,))
     averages = config.averages
     critic, real_score = _build_scores(config, world=world)
+    judge, view = None, latent_view
+    if discriminator is not None:
+        view = build_view(config, world)
+        judge = build_engine(discriminator, ds_discriminator, leaf_modules=_student_blocks(discriminator))
     return Roles(
         critic=critic,
         real_score=real_score,
-        view=build_view(config, world),
+        view=view,
         student=student_engine,
-        discriminator=build_engine(discriminator, ds_discriminator, leaf_modules=_student_blocks(discriminator)),
+        discriminator=judge,
         old=ParameterAverage(
             student_engine,
             decay=_old_policy_decay(averages),

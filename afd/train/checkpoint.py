@@ -1,4 +1,4 @@
-"""Saving and resuming a run: both engines, the averages, every rank's random state and progress, in one commit.
+"""Saving and resuming a run: its engines, the averages, every rank's random state and progress, in one commit.
 
 DeepSpeed writes and reads its engines' files; commit.py makes the whole durable and checks it before anything is
 unpickled. `student.safetensors` and `averages/*.safetensors` hold whole float32 weights under the model's own names:
@@ -11,7 +11,7 @@ import logging
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -215,6 +215,7 @@ def load_checkpoint(
     engines: Mapping[str, Engine],
     averages: Mapping[str, ParameterAverage],
     is_verified: bool = False,
+    unread: Collection[str] = (),
 ) -> Restored:
     """Restore fresh engines, averages and this rank's random states from a commit; collective.
 
@@ -223,6 +224,7 @@ def load_checkpoint(
         engines: by role, built with the same modules and JSON, not stepped yet.
         averages: by name, as saved.
         is_verified: skip hashing, for a path that `find_commit` just returned.
+        unread: roles whose engines the commit may hold though this run has none; they stay on the disk.
     Returns:
         The step, this rank's own `state`, and the configuration's text.
     Raises:
@@ -231,7 +233,7 @@ def load_checkpoint(
     """
     commit = Path(path)
     manifest = read_manifest(commit)
-    _check_fits(commit, manifest, engines, averages)
+    _check_fits(commit, manifest, engines, averages, unread=unread)
     problems = [] if is_verified else verify_commit(commit)
     if problems:
         raise ValueError(f"damaged commit: {'; '.join(problems[:3])}")
@@ -249,13 +251,20 @@ def load_checkpoint(
 
 
 def _check_fits(
-    commit: Path, manifest: dict[str, Any], engines: Mapping[str, Engine], averages: Mapping[str, ParameterAverage]
+    commit: Path,
+    manifest: dict[str, Any],
+    engines: Mapping[str, Engine],
+    averages: Mapping[str, ParameterAverage],
+    *,
+    unread: Collection[str],
 ) -> None:
     """Compare a manifest with this run; every rank comes to the same verdict without talking."""
     if manifest["format"] != FORMAT:
         raise ValueError(f"{commit} has checkpoint format {manifest['format']}, this version reads {FORMAT}")
     saved_models = manifest["models"]
-    if saved_models.keys() != engines.keys() or manifest["averages"] != sorted(averages):
+    if not engines.keys() <= saved_models.keys() <= engines.keys() | set(unread) or manifest["averages"] != sorted(
+        averages
+    ):
         raise ValueError(
             f"{commit} holds engines {sorted(saved_models)} and averages {manifest['averages']}, "
             f"this run has {sorted(engines)} and {sorted(averages)}"

@@ -121,6 +121,8 @@ def gan_step(
         Scalars averaged over all ranks.
     """
     group_size, section, engine = config.rollout.group_size, config.discriminator, roles.student
+    judge = roles.discriminator
+    assert judge is not None
     times = truncated(sampler_times(config.rollout), (config.seed, EXIT, step))
     with timer.phase("rollout"):
         x_s, noise = roll_out(roles, teacher, config, step, world=world, times=times, policy="current")
@@ -129,13 +131,13 @@ def gan_step(
         pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))
         for repeat in range(section.steps_per_student_step):
             generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, repeat)
-            metrics |= update_discriminator(roles.discriminator, *pairs, section, generators)
+            metrics |= update_discriminator(judge, *pairs, section, generators)
     real = teacher.latents.repeat_interleave(group_size, dim=0)
     generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, -1)
     blur = torch.stack([torch.randn((2, *real.shape[1:]), generator=g) for g in generators]).to(real)
-    windows = draw_windows(bare_module(roles.discriminator), real, generators)
+    windows = draw_windows(bare_module(judge), real, generators)
 
-    with timer.phase("update"), gathered(roles.discriminator) as module, frozen(module) as discriminator:
+    with timer.phase("update"), gathered(judge) as module, frozen(module) as discriminator:
 
         def adversarial(
             clip: Tensor, prompt: Tensor, eps: Tensor, teacher_clip: Tensor, shift: Tensor, *windows: Tensor

@@ -32,11 +32,12 @@ class Roles:
     """Everything that learns, lags or remembers: the engines, three averages of the student, earlier rollouts."""
 
     student: Engine
-    discriminator: Engine
     old: ParameterAverage
     ema: ParameterAverage
     reference: ParameterAverage
     replay: RolloutReplay
+    discriminator: Engine | None = None
+    """None where the objective never asks it."""
     critic: Engine | None = None
     """The fake score of objective dmd: a velocity model of the student's own clips."""
     real_score: nn.Module | None = None
@@ -135,12 +136,14 @@ def warmup_step(
     roles: Roles, teacher: VideoBatch, config: RunConfig, step: int, *, world: World, timer: StepTimer
 ) -> dict[str, Tensor]:
     """Discriminator only: the student does not move until D has something to say."""
+    discriminator = roles.discriminator
+    assert discriminator is not None
     with timer.phase("rollout"):
         x_s, _ = roll_out(roles, teacher, config, step, world=world)
     with timer.phase("discriminator"):
         generators = sample_generators(teacher, config.rollout.group_size, config.seed, DISCRIMINATOR, step)
         pairs = roles.replay.mix(*show(roles.view, teacher, x_s), seed=(config.seed, REPLAY, step))
-        return update_discriminator(roles.discriminator, *pairs, config.discriminator, generators)
+        return update_discriminator(discriminator, *pairs, config.discriminator, generators)
 
 
 def lagging_velocities(
@@ -179,7 +182,8 @@ def afd_step(
     Returns:
         Scalars averaged over all ranks.
     """
-    nft, group_size = config.nft, config.rollout.group_size
+    nft, group_size, discriminator = config.nft, config.rollout.group_size, roles.discriminator
+    assert discriminator is not None
     with timer.phase("rollout"):
         x_s, _ = roll_out(roles, teacher, config, step, world=world)  # (2)
     metrics: dict[str, Tensor] = {}
@@ -188,9 +192,9 @@ def afd_step(
         pairs = roles.replay.mix(*seen, seed=(config.seed, REPLAY, step))
         for repeat in range(config.discriminator.steps_per_student_step):  # (3)
             generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, repeat)
-            metrics |= update_discriminator(roles.discriminator, *pairs, config.discriminator, generators)
+            metrics |= update_discriminator(discriminator, *pairs, config.discriminator, generators)
     with timer.phase("score"):
-        scores = score(roles.discriminator, seen[1].latents, seen[1].prompt_embeds)
+        scores = score(discriminator, seen[1].latents, seen[1].prompt_embeds)
         w, weight_metrics = weigh(scores, config, world=world)  # (4)
     times, shape = sampler_times(config.rollout), roles.student.module.shape
     with timer.phase("update"):

@@ -42,7 +42,7 @@ class RunPlan:
         world_size: ranks.
         rollouts: N per step over all ranks.
         prompts_per_rank: B on one rank.
-        student_batch, discriminator_batch: (global, micro, accumulation).
+        student_batch, discriminator_batch: (global, micro, accumulation); None for a discriminator that is not built.
         times: the sampler's grids.
         memory: planned, per rank.
     """
@@ -55,7 +55,7 @@ class RunPlan:
     rollouts: int
     prompts_per_rank: int
     student_batch: tuple[int, int, int]
-    discriminator_batch: tuple[int, int, int]
+    discriminator_batch: tuple[int, int, int] | None
     times: SamplerTimes
     memory: Memory
 
@@ -102,7 +102,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
         num_gpus=world_size,
         engines=(
             engine_settings(ds_student, student_batch),
-            engine_settings(ds_discriminator, discriminator_batch),
+            engine_settings(ds_discriminator, discriminator_batch) if discriminator_batch else None,
         ),
         kernels="fused" if torch.cuda.is_available() else "eager",
     )
@@ -140,7 +140,7 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
     if config.encoders.codec == "wan_vae" and config.encoders.vae_path is None:
         raise ConfigError("encoders.vae_path must name an AutoencoderKLWan folder for codec wan_vae, got none")
     discriminator = config.discriminator.shape
-    has_shape = config.discriminator.kind == "latent"
+    has_shape = config.has_discriminator and config.discriminator.kind == "latent"
     if has_shape and discriminator.in_channels != channels:
         raise ConfigError(f"discriminator.shape.in_channels must be {channels}, got {discriminator.in_channels}")
     if config.encoders.text_len > shape.text_len:
@@ -183,7 +183,7 @@ def _check_objective(
     config: RunConfig, shape: StudentShape, student_batch: tuple[int, int, int], world_size: int
 ) -> None:
     """What the baselines need beyond AFD's inputs, and a VLM discriminator beyond latents."""
-    if config.discriminator.kind == "vlm":
+    if config.has_discriminator and config.discriminator.kind == "vlm":
         if config.objective == "gan":
             raise ConfigError(
                 "discriminator.kind must be latent or backbone with objective = gan (no gradient passes the decoder), "
@@ -248,15 +248,21 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
     n, chunks = plan.rollouts // plan.world_size, len(chunk_spans(shape, f))
     tokens = f * (h // shape.patch_size[1]) * (w // shape.patch_size[2])
     stage = ds_student.get("zero_optimization", {}).get("stage", 0)
+    discriminator, scores = [], []
+    if plan.discriminator_batch is not None:
+        micro = "discriminator: micro {1} x accumulation {2} x ranks {3} = {0}"
+        discriminator = [micro.format(*plan.discriminator_batch, plan.world_size)]
+        scores = [
+            f"scores D(x, y)           [{n}]   gathered over ranks: [{plan.rollouts}]",
+            f"weights w                [{n}] in [0, 1]",
+        ]
     lines = ["# resolved configuration", dump_config(config).rstrip(), ""]
     lines += [
         "# batch arithmetic",
         f"ranks {plan.world_size}; rollouts per step N = {plan.rollouts} = {plan.rollouts // g} prompts x G {g}",
         f"per rank: {plan.prompts_per_rank} prompts, {n} rollouts",
         "student:       micro {1} x accumulation {2} x ranks {3} = {0}".format(*plan.student_batch, plan.world_size),
-        "discriminator: micro {1} x accumulation {2} x ranks {3} = {0}".format(
-            *plan.discriminator_batch, plan.world_size
-        ),
+        *discriminator,
         "",
         f"# memory per rank (estimate; ZeRO stage {stage}, {plan.num_parameters:,} student parameters)",
         *describe_memory(plan.memory),
@@ -266,8 +272,7 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
         f"prompt embeddings        [{n // g}, {shape.text_len}, {shape.text_dim}]",
         f"rollouts x^S             [{n}, {c}, {f}, {h}, {w}]   {chunks} chunks of {shape.chunk_frames} frames, times "
         + plan.times.describe(),
-        f"scores D(x, y)           [{n}]   gathered over ranks: [{plan.rollouts}]",
-        f"weights w                [{n}] in [0, 1]",
+        *scores,
         f"noised states x_t, v*    [{n}, {c}, {f}, {h}, {w}]   t [{n}, {f}]",
         f"student tokens           [{plan.student_batch[1]}, {2 * tokens}, {shape.dim}]   layout [clean | noisy]",
         f"velocities v, v_old{', v_ref' if config.nft.prior_weight else ''}  [{n}, {c}, {f}, {h}, {w}]",

@@ -35,14 +35,16 @@ def check_resumable(config: RunConfig, plan: RunPlan) -> None:
     A damaged newest commit passes: choosing an older one is `find_commit`'s.
 
     Raises:
-        ConfigError: the output folder's newest commit is of another student, data set or number of ranks.
+        ConfigError: the output folder's newest commit is of another student, data set or number of ranks, or of an
+            objective with other engines (a discriminator that this run never asks is left unread).
     """
     commits = list_commits(config.output_dir / "checkpoints")
     if not commits:
         return
     commit = commits[0][1]
     try:
-        world_size = read_manifest(commit)["world_size"]
+        manifest = read_manifest(commit)
+        world_size, roles = manifest["world_size"], manifest["models"].keys()
         saved = stored_shape(commit / STUDENT_WEIGHTS).model_dump()
         before = load_config(commit / CONFIG)
     except ValueError:
@@ -54,9 +56,14 @@ def check_resumable(config: RunConfig, plan: RunPlan) -> None:
         "teacher": (before.teacher, config.teacher),
         "video format": (before.video, config.video),
         "encoder": (before.encoders, config.encoders),
-        "discriminator": (_discriminator_kind(before), _discriminator_kind(config)),
-        "VLM": (before.discriminator.vlm, config.discriminator.vlm),
     }
+    if config.has_discriminator:
+        pairs |= {
+            "discriminator": (_discriminator_kind(before), _discriminator_kind(config)),
+            "VLM": (before.discriminator.vlm, config.discriminator.vlm),
+        }
+    if not _needed_roles(config) <= roles <= _needed_roles(config) | {"discriminator"}:
+        different.append(f"objective {before.objective}, not {config.objective}")
     different += [f"another {name}" for name, (old, new) in pairs.items() if old != new]
     if world_size != plan.world_size:
         different.append(f"{world_size} ranks, not {plan.world_size}")
@@ -65,6 +72,15 @@ def check_resumable(config: RunConfig, plan: RunPlan) -> None:
             f"output_dir {config.output_dir} holds a run with {'; '.join(different[:3])}: choose another output_dir, "
             "or set that run aside with --fresh"
         )
+
+
+def _needed_roles(config: RunConfig) -> set[str]:
+    """Whose engines the objective has."""
+    return (
+        {"student"}
+        | ({"discriminator"} if config.has_discriminator else set())
+        | ({"critic"} if config.objective == "dmd" else set())
+    )
 
 
 def _discriminator_kind(config: RunConfig) -> tuple[object, ...]:

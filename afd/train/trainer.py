@@ -41,7 +41,6 @@ from afd.types import VideoBatch
 
 logger = logging.getLogger(__name__)
 _STEPS = {"afd": afd_step, "sft": sft_step, "gan": gan_step, "dmd": dmd_step}
-_RANKED = ("afd", "gan")  # objectives that ask the discriminator
 
 
 class Trainer:
@@ -86,8 +85,10 @@ class Trainer:
 
     @property
     def _engines(self) -> dict[str, Any]:
-        engines = {"student": self.roles.student, "discriminator": self.roles.discriminator}
-        return engines if self.roles.critic is None else {**engines, "critic": self.roles.critic}
+        """By role, those that the objective has."""
+        roles = self.roles
+        engines = {"student": roles.student, "discriminator": roles.discriminator, "critic": roles.critic}
+        return {name: engine for name, engine in engines.items() if engine is not None}
 
     def run(self, facts: dict[str, Any], *, resume_from: Path | None = None) -> Path | None:
         """Train to the configured number of steps.
@@ -122,7 +123,7 @@ class Trainer:
         if "base" not in self.evaluation:
             self.evaluation["teacher"] = self.evaluator.evaluate_teacher()
             self.evaluation["base"] = self._evaluate(self.roles.reference)
-        if self.step == 0 and self.config.objective in _RANKED:
+        if self.step == 0 and self.config.has_discriminator:
             self._warm_up()
         self._start_probe()
         for step in self._steps(self.step, self.config.num_steps, "AFD"):
@@ -155,8 +156,9 @@ class Trainer:
         section, num_steps = self.config.discriminator, self.config.num_steps
         if self.config.student.lr_schedule != LRSchedule():
             set_lr(self.roles.student, lr_factor(self.config.student.lr_schedule, step, num_steps))
-        if section.lr_scale != 1.0 or section.lr_schedule != LRSchedule():
-            set_lr(self.roles.discriminator, section.lr_scale * lr_factor(section.lr_schedule, step, num_steps))
+        discriminator = self.roles.discriminator
+        if discriminator is not None and (section.lr_scale != 1.0 or section.lr_schedule != LRSchedule()):
+            set_lr(discriminator, section.lr_scale * lr_factor(section.lr_schedule, step, num_steps))
 
     def _train_step(self, step: int) -> dict[str, float]:
         timer = StepTimer()
@@ -184,19 +186,22 @@ class Trainer:
 
     def _start_probe(self) -> None:
         """Make the probe set and measure it before the student's first step, unless that was done before a resume."""
-        num_pairs = self.config.discriminator.probe_pairs
-        if not num_pairs or self.config.objective not in _RANKED or self._must_stop():
+        num_pairs, discriminator = self.config.discriminator.probe_pairs, self.roles.discriminator
+        if not num_pairs or discriminator is None or self._must_stop():
             return
         pairs = make_probe_set(self.roles, self.evaluator, num_pairs=num_pairs, world=self.world)
         self._probe = DiscriminatorProbe(pairs, self._first_probe)
         if self._first_probe is None:
-            self._probe.measure(self.roles.discriminator, self.world.device)
+            self._probe.measure(discriminator, self.world.device)
 
     def _probe_at_intervals(self) -> dict[str, float]:
         """The discriminator on its probe set, after the first step and every few."""
-        if self._probe is None or (self.step > 1 and self.step % self.config.discriminator.probe_every):
+        discriminator = self.roles.discriminator
+        if self._probe is None or discriminator is None:
             return {}
-        return self._probe.measure(self.roles.discriminator, self.world.device)
+        if self.step > 1 and self.step % self.config.discriminator.probe_every:
+            return {}
+        return self._probe.measure(discriminator, self.world.device)
 
     def _write_at_intervals(self) -> None:
         samples_every, commit_every = self.config.evaluation.samples_every, self.config.checkpoint.every
@@ -255,7 +260,13 @@ class Trainer:
         self._saved = now
 
     def _resume(self, commit: Path) -> None:
-        restored = load_checkpoint(commit, engines=self._engines, averages=self._averages, is_verified=True)
+        restored = load_checkpoint(
+            commit,
+            engines=self._engines,
+            averages=self._averages,
+            is_verified=True,
+            unread=() if self.config.has_discriminator else ("discriminator",),
+        )
         self.loader.load_state_dict(restored.state["loader"])
         self.step = restored.state["step"]
         self.evaluation = restored.state["evaluation"]

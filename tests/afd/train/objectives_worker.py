@@ -18,6 +18,7 @@ from afd.models.student import CausalStudent
 from afd.models.weights import load_student
 from afd.rollout import SamplerTimes, rollout, rollout_noise, sampler_times
 from afd.train.builders import build_roles
+from afd.train.discriminator_view import latent_view
 from afd.train.dmd_objective import dmd_step
 from afd.train.engines import consolidated_weights
 from afd.train.gan_objective import gan_step
@@ -69,12 +70,15 @@ def roles_for(config: RunConfig, student: dict[str, Any], discriminator: dict[st
 
 
 def train(*overrides: str, stages: tuple[int, int] = (3, 2)) -> dict[str, Any]:
-    """One warm-up step and three AFD steps: every metric, and what became of the weights."""
+    """One warm-up step, where there is a discriminator, and three steps: every metric, and the weights after them."""
     config = configuration(*overrides)
     roles = roles_for(config, json_for(stages[0], adamw(1e-3)), json_for(stages[1], adamw(1e-3)))
     before = consolidated_weights(roles.student)
     rows = []
     for step in range(4):
+        if step == 0 and roles.discriminator is None:
+            rows.append({})
+            continue
         one_step = STEPS[config.objective] if step else warmup_step
         metrics = one_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
         rows.append({name: float(value) for name, value in metrics.items()})
@@ -82,6 +86,8 @@ def train(*overrides: str, stages: tuple[int, int] = (3, 2)) -> dict[str, Any]:
     changed = {name: not torch.equal(before[name], after[name]) for name in after}
     return {
         "rows": rows,
+        "has_discriminator": roles.discriminator is not None,
+        "is_view_of_latents": roles.view is latent_view,
         "changed": sorted(name for name in changed if changed[name]),
         "kept": sorted(name for name in changed if not changed[name]),
         "student_steps": roles.student.global_steps,
@@ -153,10 +159,12 @@ def engine_against_hand() -> dict[str, float]:
     roles = roles_for(config, json_for(3, sgd, clipping=0.0), json_for(2, adamw(1e-2)))
     for step in range(3):
         warmup_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
-    for group in roles.discriminator.optimizer.param_groups:
+    judge_engine = roles.discriminator
+    assert judge_engine is not None
+    for group in judge_engine.optimizer.param_groups:
         group["lr"] = 0.0  # D has an opinion by now and keeps it
     discriminator = LatentDiscriminator(config.discriminator.shape)
-    discriminator.load_state_dict(consolidated_weights(roles.discriminator))
+    discriminator.load_state_dict(consolidated_weights(judge_engine))
     afd_step(roles, batch_at(1), config, 1, world=world, timer=StepTimer())
     weights = {
         "student": consolidated_weights(roles.student),
@@ -200,10 +208,12 @@ def gan_against_hand() -> dict[str, float]:
     roles = roles_for(config, json_for(3, sgd, clipping=0.0), json_for(2, adamw(1e-2)))
     for step in range(3):
         warmup_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
-    for group in roles.discriminator.optimizer.param_groups:
+    judge_engine = roles.discriminator
+    assert judge_engine is not None
+    for group in judge_engine.optimizer.param_groups:
         group["lr"] = 0.0
     discriminator = LatentDiscriminator(config.discriminator.shape)
-    discriminator.load_state_dict(consolidated_weights(roles.discriminator))
+    discriminator.load_state_dict(consolidated_weights(judge_engine))
     before = consolidated_weights(roles.student)
     gan_step(roles, batch_at(3), config, 3, world=world, timer=StepTimer())
     measured = -(flat(consolidated_weights(roles.student)) - flat(before)) / SGD_LR
@@ -264,15 +274,17 @@ def stale_roles() -> dict[str, float]:
     """Off-policy rollouts and a frozen D: what moved after two steps in which the student did."""
     config = configuration("averages.old_policy_decay=1")
     roles = roles_for(config, json_for(3, adamw(1e-2)), json_for(2, adamw(1e-2)))
-    set_lr(roles.discriminator, 0.0)
-    judge, student = (flat(consolidated_weights(engine)) for engine in (roles.discriminator, roles.student))
+    judge_engine = roles.discriminator
+    assert judge_engine is not None
+    set_lr(judge_engine, 0.0)
+    judge, student = (flat(consolidated_weights(engine)) for engine in (judge_engine, roles.student))
     first = roll_out(roles, batch_at(0), config, 0, world=world)[0].latents
     for step in range(2):
         afd_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
     again = roll_out(roles, batch_at(0), config, 0, world=world)[0].latents
     return {
         "rollout": (again - first).abs().max().item(),
-        "discriminator": (flat(consolidated_weights(roles.discriminator)) - judge).abs().max().item(),
+        "discriminator": (flat(consolidated_weights(judge_engine)) - judge).abs().max().item(),
         "student": (flat(consolidated_weights(roles.student)) - student).abs().max().item(),
     }
 
@@ -317,6 +329,7 @@ result: dict[str, Any] = {
     "terminal": train("nft.time_sampling=terminal"),
     "coupled": train("nft.noise_coupling=0.5"),
     "sft": train("objective=sft"),
+    "sft, vlm": train("objective=sft", "discriminator.kind=vlm", "discriminator.vlm.path=/nowhere"),
     "gan": train("objective=gan"),
     "gan, non-saturating": train("objective=gan", "discriminator.loss=gan", *WINDOWS, stages=(3, 3)),
     "dmd": train(

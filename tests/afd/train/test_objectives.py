@@ -129,9 +129,16 @@ def test_backbone_discriminator_learns_and_leads_the_student(one: dict[str, Any]
     assert all(row["student/grad_norm"] > 0 for row in rows[2:])
 
 
-def test_supervised_fine_tuning_asks_no_discriminator(one: dict[str, Any]) -> None:
-    assert not any(name.startswith("discriminator/") for row in one["sft"]["rows"][1:] for name in row)
+def test_objectives_that_ask_no_discriminator_build_none(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for case in ("sft", "sft, vlm", "dmd"):
+        assert not any(name.startswith("discriminator/") for row in one[case]["rows"] for name in row)
+        for ranks in (one, two):
+            assert not ranks[case]["has_discriminator"]
+            assert ranks[case]["is_view_of_latents"]
+    assert one["ema"]["has_discriminator"]
+    assert not one["vlm"]["is_view_of_latents"]
     assert one["sft"]["student_steps"] == 3
+    assert one["sft, vlm"]["rows"] == one["sft"]["rows"], "whatever its section says"
 
 
 def test_supervised_fine_tuning_moves_along_the_velocity_errors_gradient(one: dict[str, Any]) -> None:

@@ -252,6 +252,10 @@ def test_the_description_says_the_arithmetic_and_the_shapes(plan: Plan, tmp_path
         "group_size: 4",
     ):
         assert expected in text
+    supervised = make_config(tmp_path, "objective=sft")
+    without_discriminator = describe_plan(supervised, plan("objective=sft"), DS_STUDENT)
+    assert "discriminator: micro" not in without_discriminator
+    assert "scores D" not in without_discriminator
     without_prior = describe_plan(make_config(tmp_path, "nft.prior_weight=0"), resolved, DS_STUDENT)
     assert "v_ref  [" not in without_prior
 
@@ -272,6 +276,16 @@ def test_vlm_discriminators_are_checked(plan: Plan, vlm_folder: Path, overrides:
     plan(*vlm)  # the latent kind's dimensions do not matter
     with pytest.raises(ConfigError, match=message):
         plan(*vlm, *overrides)
+
+
+def test_a_discriminator_that_is_not_built_is_neither_checked_nor_counted(plan: Plan) -> None:
+    nonsense = ["discriminator.kind=vlm", "discriminator.clip_frames=99", "discriminator.shape.text_dim=7"]
+    resolved = plan("objective=sft", *nonsense, discriminator={"train_batch_size": 32})
+    assert resolved.discriminator_batch is None
+    assert resolved.memory.held["discriminator (weights, optimizer)"] == 0
+    assert "discriminator" not in resolved.memory.phases
+    assert "decoding" not in resolved.memory.phases
+    assert plan().memory.held["discriminator (weights, optimizer)"] > 0
 
 
 def test_vlm_discriminator_needs_a_codec(vlm_folder: Path) -> None:

@@ -124,6 +124,7 @@ def resumed(saved_as: str, resumed_as: str) -> dict[str, Any]:
         afd_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
 
     def engines(roles: Roles) -> dict[str, Any]:
+        assert roles.discriminator is not None
         return {"student": roles.student, "discriminator": roles.discriminator}
 
     def averages(roles: Roles) -> dict[str, Any]:
