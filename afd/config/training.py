@@ -38,7 +38,8 @@ class RolloutSection(Section):
     `aot_eager` traces only, for tests). Unmeasured on GPUs."""
     merge_adapters: bool = False
     """With LoRA: merge the adapters into the base once per rollout phase, which saves two products per layer and step.
-    Exact to rounding in float32; in bf16 the sum is rounded to the base's grid and small updates vanish."""
+    Exact to rounding in float32; in bf16 the sum is rounded to the base's grid and small updates vanish. Refused
+    without LoRA."""
     batch_size: Positive | None = None
     """Rollouts generated together; None takes the JSON's micro batch, though without gradients many more fit."""
     group_size: Positive = 4

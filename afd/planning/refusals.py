@@ -1,6 +1,7 @@
 """What is refused before a run starts, in one sentence each: `afd plan` and the trainer's start-up both say it.
 
-Owns what follows from numbers alone: what does not divide, and what does not fit. Files are `afd.train.preflight`'s.
+Owns what follows from the configuration's numbers alone: what does not divide, does not fit, or is not there to be
+used. Files are `afd.train.preflight`'s.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def check_divides(
     num_gpus: int,
     gpus_per_node: int,
 ) -> tuple[Batch, Batch | None]:
-    """Check that batches, heads, chunks and nodes divide.
+    """Check that batches, heads, chunks and nodes divide, and that adapters to merge are there.
 
     Args:
         config: the run's.
@@ -67,8 +68,10 @@ def check_divides(
     Returns:
         (global, micro, accumulation) of the student and of the discriminator; None where none is built.
     Raises:
-        ConfigError: the first thing that does not divide.
+        ConfigError: the first thing that does not divide or is not there.
     """
+    if config.rollout.merge_adapters and not config.student.lora.rank:
+        raise ConfigError("rollout.merge_adapters must be false without adapters (student.lora.rank = 0), got true")
     try:
         student = batch_arithmetic(ds_configs[0], num_gpus)
         discriminator = batch_arithmetic(ds_configs[1], num_gpus) if config.has_discriminator else None

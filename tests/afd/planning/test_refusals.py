@@ -48,6 +48,10 @@ CASES = {
         "video.height and video.width must give latents divisible by the student's patch [2, 2], got latents 5 x 4",
         ("video.height=20",),
     ),
+    "adapters": Case(
+        "rollout.merge_adapters must be false without adapters (student.lora.rank = 0), got true",
+        ("rollout.merge_adapters=true",),
+    ),
     "nodes": Case("16 ranks must fill whole nodes of 12", ("rollout.group_size=2",), ranks=(16, 12)),
     "hpZ over nodes": Case(
         "zero_optimization.zero_hpz_partition_size must divide 2 ranks of a node and 4 ranks in all, got 4",
