@@ -13,7 +13,12 @@ from afd.types import Rollout, VideoBatch
 
 
 class RolloutReplay:
-    """The last `num_steps` steps' (teacher clip, rollout, prompt) rows of this rank, on the CPU.
+    """The last `num_steps` steps' (teacher clip, rollout, prompt) rows of this rank, on the CPU, bit for bit.
+
+    A teacher clip and its prompt are kept once for the G rollouts of a group: a step takes (N + B) clips and B prompts
+    of 4 bytes per number, N rollouts of B prompts on this rank, as the discriminator's view shows them. Decoded frames
+    are no whole numbers of grey levels, so a byte each would not hold them; their latents would, but each clip
+    replayed would be decoded again in every step.
 
     A row is only ever replaced by the row in the same place of an earlier step, and whether it is depends on the
     run's seed, the step and the sample alone: any number of ranks makes the same pairs.
@@ -36,8 +41,8 @@ class RolloutReplay:
         if self.share == 0:
             return teacher, rollout
         group_size = len(rollout.latents) // len(teacher.latents)
-        now = (teacher.latents.repeat_interleave(group_size, dim=0), rollout.latents, rollout.prompt_embeds)
-        mixed = [each.clone() for each in now]
+        teacher_rows = teacher.latents.repeat_interleave(group_size, dim=0)
+        mixed = [teacher_rows, rollout.latents.clone(), rollout.prompt_embeds.clone()]
         if self._steps:
             for row, sample_id in enumerate(rollout.sample_ids.tolist()):
                 generator = seeded_generator(*seed, sample_id, row % group_size)
@@ -45,9 +50,10 @@ class RolloutReplay:
                 if chance < self.share:
                     earlier = self._steps[int(which * len(self._steps))]
                     for target, source in zip(mixed, earlier, strict=True):
-                        target[row] = source[row]
+                        target[row] = source[row * len(source) // len(target)]  # its own, or its group's
         real, fake, prompt = mixed
-        self._steps.append((now[0].cpu(), now[1].cpu(), now[2].cpu()))
+        once = rollout.prompt_embeds[::group_size].contiguous()  # a strided view would keep, and save, every row
+        self._steps.append((teacher.latents.cpu(), rollout.latents.cpu(), once.cpu()))
         every_row = VideoBatch(rollout.sample_ids, (), real, prompt)
         return every_row, Rollout(fake, prompt, rollout.group_ids, rollout.sample_ids)
 
@@ -56,7 +62,7 @@ class RolloutReplay:
         return [list(step) for step in self._steps]
 
     def load_state_dict(self, state: list[list[Tensor]]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `state_dict` returned, or an older one with a teacher clip and a prompt for every rollout."""
         self._steps.clear()
         steps: Any = (tuple(step) for step in state)
         self._steps.extend(steps)

@@ -1,5 +1,6 @@
 """One discriminator step on a stand-in engine whose gradients can be read: pairs, penalty, holding back, replay."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,33 @@ def test_replay_pairs_earlier_rollouts_with_their_own_teacher_clips() -> None:
             assert torch.equal(mixed.latents, rollout.latents), "nothing to replay yet"
     assert 4 <= seen_old <= 16, "about half of 20 rows"
     assert len(replay.state_dict()) == 2
+
+
+def test_replay_keeps_a_groups_teacher_clip_and_prompt_once_bit_for_bit() -> None:
+    replay, expanded = (RolloutReplay(num_steps=2, share=0.9) for _ in range(2))
+    prompts: dict[bytes, bytes] = {}
+    for step in range(4):
+        teacher, rollout = make_batch(group=4, first=10 * step)
+        embeds = torch.randn(2, 4, 8, generator=seeded_generator(4, step)).repeat_interleave(4, dim=0)
+        rollout = replace(rollout, prompt_embeds=embeds)
+        for fake, embed in zip(rollout.latents, embeds, strict=True):
+            prompts[fake.numpy().tobytes()] = embed.numpy().tobytes()
+        _, mixed = replay.mix(teacher, rollout, seed=(0, step))
+        for fake, embed in zip(mixed.latents, mixed.prompt_embeds, strict=True):
+            assert prompts[fake.numpy().tobytes()] == embed.numpy().tobytes()
+    state = replay.state_dict()
+    assert [[len(each) for each in step] for step in state] == [[2, 8, 2]] * 2
+    stored = sum(each.untyped_storage().nbytes() for step in state for each in step)
+    assert stored == 2 * 4 * ((8 + 2) * 24 + 2 * 32), "(N + B) clips and B prompts, float32, two steps"
+
+    older = [[real.repeat_interleave(4, dim=0), fake, each.repeat_interleave(4, dim=0)] for real, fake, each in state]
+    expanded.load_state_dict(older)
+    (pairs, mixed), (old_pairs, old_mixed) = (
+        each.mix(*make_batch(group=4, first=90), seed=(0, 9)) for each in (replay, expanded)
+    )
+    assert torch.equal(pairs.latents, old_pairs.latents)
+    assert torch.equal(mixed.latents, old_mixed.latents)
+    assert torch.equal(mixed.prompt_embeds, old_mixed.prompt_embeds)
 
 
 def test_replay_goes_on_from_its_state() -> None:
