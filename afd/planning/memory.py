@@ -68,7 +68,7 @@ def plan_memory(work: Workload) -> Memory:
     if work.has_old_pass or work.has_prior_pass:
         phases["velocities"] = _velocities(work)
     phases["optimizer"] = _optimizer(work)
-    if work.uses_vae:
+    if work.uses_vae and work.vlm is None:  # else the one that decodes for the VLM
         host = host | {"VAE (decodes samples on the host)": _VAE_PARAMETERS * 4}
     return Memory(held, phases, host)
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from afd.config import AveragesSection, RunConfig, configured_shape
 from afd.distributed import World
+from afd.models.encoders import VideoCodec
 from afd.models.lora import add_lora, add_old_adapter, old_adapter_name
 from afd.models.student import CausalBlock, CausalStudent
 from afd.models.weights import fill_student, load_student, open_student
@@ -21,19 +22,23 @@ from afd.train.replay import RolloutReplay
 
 
 def build_roles(
-    config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World
-) -> Roles:
-    """The engines and the three averages of a run; collective. No discriminator where the objective never asks it."""
+    config: RunConfig, plan: RunPlan, ds_student: DSConfig, ds_discriminator: DSConfig, *, world: World,
+    codec: VideoCodec | None = None,
+) -> Roles:  # fmt: skip
+    """The engines and the three averages of a run; collective. No discriminator where the objective never asks it.
+
+    `codec` is one that is loaded already, for what a VLM discriminator is shown; None loads another there.
+    """
     student = build_student(config, plan, ds_student)
     discriminator = None
     if config.has_discriminator:
         discriminator = build_discriminator(config, plan, world, ds_config=ds_discriminator)
-    return roles_around(student, discriminator, config, ds_student, ds_discriminator, world=world)
+    return roles_around(student, discriminator, config, ds_student, ds_discriminator, world=world, codec=codec)
 
 
 def roles_around(
     student: CausalStudent, discriminator: nn.Module | None, config: RunConfig, ds_student: DSConfig,
-    ds_discriminator: DSConfig, *, world: World,
+    ds_discriminator: DSConfig, *, world: World, codec: VideoCodec | None = None,
 ) -> Roles:  # fmt: skip
     """The same around models that are in memory, the student as `train_ready` leaves it; collective."""
     student = student.to(world.device)
@@ -42,7 +47,7 @@ def roles_around(
     critic, real_score = _build_scores(config, world=world)
     judge, view = None, latent_view
     if discriminator is not None:
-        view = build_view(config, world)
+        view = build_view(config, world, codec=codec)
         judge = build_engine(discriminator, ds_discriminator, leaf_modules=_student_blocks(discriminator))
     return Roles(
         critic=critic,

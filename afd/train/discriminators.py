@@ -10,7 +10,7 @@ from afd.distributed import World
 from afd.models.backbone_discriminator import BackboneDiscriminator, backbone_shape
 from afd.models.clip_windows import ClipWindows
 from afd.models.discriminator import LatentDiscriminator
-from afd.models.encoders import load_codec
+from afd.models.encoders import VideoCodec, load_codec
 from afd.models.student import CausalStudent
 from afd.models.vlm_builder import build_pixel_view, build_vlm_discriminator, plan_vlm
 from afd.models.weights import fill_student, open_student
@@ -55,13 +55,19 @@ def build_discriminator(
     return discriminator.to(world.device)
 
 
-def build_view(config: RunConfig, world: World) -> DiscriminatorView:
-    """What the discriminator of a run is shown of (latents, prompts, prompt embeddings), on this process's device."""
+def build_view(config: RunConfig, world: World, *, codec: VideoCodec | None = None) -> DiscriminatorView:
+    """What the discriminator of a run is shown of (latents, prompts, prompt embeddings), on this process's device.
+
+    Args:
+        config: the run's.
+        world: this process's place.
+        codec: one that is loaded there; None loads one where the kind needs it.
+    """
     section = config.discriminator
     if section.kind != "vlm":
         return latent_view
     shown = plan_vlm(section.vlm, config.encoders, config.video)
-    return build_pixel_view(section.vlm, shown, load_codec(config.encoders, device=world.device))
+    return build_pixel_view(section.vlm, shown, codec or load_codec(config.encoders, device=world.device))
 
 
 def _load_backbone(config: RunConfig, plan: RunPlan, ds_config: DSConfig) -> CausalStudent:

@@ -21,6 +21,7 @@ from afd.data.store import ShardStore
 from afd.distributed import World, adopt_slurm_task, barrier, broadcast_object, close_world, init_world, set_timeouts
 from afd.evaluation.report import terminal_table
 from afd.live import LiveTeacher
+from afd.models.encoders import load_codec
 from afd.preparation import prepare_shards, shard_places
 from afd.stopping import MARKER, STOPPED, StopRequest, catch_stop_signals, write_marker
 from afd.tracking import JournalTracker, MLflowTracker, NullTracker, Tracker
@@ -133,9 +134,10 @@ def _train(
             tracker = _open_tracker(config, plan, ds_student, ds_discriminator, resumed_step)
         try:
             with LiveTeacher(config, is_main=world.is_main):
-                roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
+                codec = load_codec(config.encoders, device=world.device)  # one for samples and for a VLM
+                roles = build_roles(config, plan, ds_student, ds_discriminator, world=world, codec=codec)
                 set_timeouts(config.timeout_s)
-                trainer = Trainer(config, plan, roles, tracker, world=world, stop=stop)
+                trainer = Trainer(config, plan, roles, tracker, codec=codec, world=world, stop=stop)
                 report = trainer.run(_run_facts(plan, world), resume_from=commit)
         except BaseException:
             tracker.close("FAILED")

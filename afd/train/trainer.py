@@ -23,7 +23,7 @@ from afd.evaluation.heldout import HeldoutEvaluator, Summary
 from afd.evaluation.report import build_report
 from afd.evaluation.samples import write_samples
 from afd.live import build_train_loader
-from afd.models.encoders import load_codec
+from afd.models.encoders import VideoCodec
 from afd.preparation import shard_places
 from afd.stopping import StopRequest, Watchdog
 from afd.tracking import Tracker
@@ -53,10 +53,11 @@ class Trainer:
         roles: Roles,
         tracker: Tracker,
         *,
+        codec: VideoCodec,
         world: World,
         stop: StopRequest | None = None,
     ) -> None:
-        """stop: signals to heed between two steps; None heeds none."""
+        """codec: of the student's latents; stop: signals to heed between two steps, None heeds none."""
         self.config, self.plan, self.roles, self.tracker, self.world = config, plan, roles, tracker, world
         self.step = 0  # student steps done
         self.is_stopped = False
@@ -71,7 +72,7 @@ class Trainer:
             to_batch(read_all(heldout_shards, remote=heldout_remote, limit=config.evaluation.max_prompts)).to(
                 world.device
             ),
-            load_codec(config.encoders, device=world.device),
+            codec,
             config,
             world,
         )

@@ -1,5 +1,7 @@
 """A VLM discriminator in the plan: its own parameters and products, equal to the real module's."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from afd.cli import main
 from afd.config import RunConfig
 from afd.config_file import load_config
 from afd.models.vlm_builder import build_vlm_discriminator, plan_vlm
+from afd.planning.hardware import GPUS, INTERCONNECTS
+from afd.planning.memory import plan_memory
 from afd.planning.operations import Matmul, forward_flops
+from afd.planning.plan import Machine, make_plan, planned_shape
 from afd.planning.vlm import VLMPlan, plan_discriminator_vlm
 
 ROOT = Path(__file__).parents[3]
@@ -68,6 +73,15 @@ def test_afd_plan_counts_the_vlm_and_says_what_it_does_not_know(
     assert "seconds of decoding are not counted" in text
     assert main([*command, "discriminator.kind=vlm"]) == 2
     assert "discriminator.vlm.path must name a Qwen2-VL or Qwen2.5-VL folder" in capsys.readouterr().err
+
+
+def test_one_vae_decodes_for_the_vlm_and_for_the_samples(vlm_folder: Path) -> None:
+    config, file = config_of(vlm_folder), json.loads((ROOT / "configs" / "zero3.json").read_text())
+    machine = Machine(GPUS["h100-80g"], INTERCONNECTS["ib-400"], 1)
+    work = make_plan(config, planned_shape(config), (file, file), machine).workload
+    with_vae = replace(work, uses_vae=True)
+    assert plan_memory(with_vae).host == plan_memory(work).host == {}
+    assert plan_memory(replace(with_vae, vlm=None)).host, "without a VLM it decodes samples alone"
 
 
 def test_other_discriminators_are_none_of_its_business() -> None:

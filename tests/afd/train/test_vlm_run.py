@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from afd.config import DiscriminatorSection, EncodersSection, VideoSection, VLMSection
-from afd.distributed import seeded_generator
+from afd.config_file import load_config
+from afd.distributed import World, seeded_generator
 from afd.models.dct_codec import DCTCodec
 from afd.models.vlm_builder import build_pixel_view, build_vlm_discriminator, plan_vlm
+from afd.train import discriminators
 from afd.train.discriminator_update import score, update_discriminator
 from afd.train.discriminator_view import show
+from afd.train.discriminators import build_view
 from afd.types import Rollout, VideoBatch
 
 SMALL = {"min_pixels": 256, "max_pixels": 1024, "lora_rank": 4, "lora_alpha": 8}
@@ -31,6 +34,23 @@ def knobs_for(folder: Path) -> dict[str, str]:
 def rows_of(output: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows]
+
+
+def test_view_decodes_with_the_codec_that_is_loaded_already(vlm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[DCTCodec] = []
+
+    def load(*_: object, **__: object) -> DCTCodec:
+        loaded.append(DCTCodec())
+        return loaded[-1]
+
+    monkeypatch.setattr(discriminators, "load_codec", load)
+    overrides = [f"{name}={value}" for name, value in knobs_for(vlm_folder).items()]
+    config = load_config(WORKER.parents[3] / "configs" / "quickstart.yaml", overrides)
+    here, codec = World(0, 0, 1, torch.device("cpu")), DCTCodec()
+    build_view(config, here, codec=codec)
+    assert not loaded, "the evaluator's serves both"
+    build_view(config, here)
+    assert len(loaded) == 1
 
 
 @pytest.fixture
