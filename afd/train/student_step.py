@@ -1,4 +1,4 @@
-"""The optimizer step of objectives whose loss needs the velocity alone: micro batches, backward, facts."""
+"""One optimizer step of the student, whatever its loss: micro batches, backward, means over rows and ranks, facts."""
 
 from __future__ import annotations
 

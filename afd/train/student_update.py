@@ -12,12 +12,11 @@ from torch import Tensor
 
 from afd.config import NFTSection, StudentShape
 from afd.diffusion.flow_matching import add_noise, chunk_times
-from afd.distributed import all_reduce_mean
 from afd.models.three_velocities import LaggingPass
 from afd.rollout import SamplerTimes, chunk_spans
 from afd.train.averaging import ParameterAverage
 from afd.train.engines import Engine, gathered
-from afd.train.student_step import engine_facts
+from afd.train.student_step import step_student
 from afd.types import NoisedStates, Rollout
 from afd_kernels import add_noise_and_target, nft_loss
 
@@ -122,33 +121,36 @@ def update_student(
         `student/prior` = mean |v - v_ref|^2, averaged over all ranks; `student/grad_norm` before clipping,
         `student/lr`, `student/skipped_steps`.
     """
-    micro = engine.train_micro_batch_size_per_gpu()
-    totals = torch.zeros(4, device=weight.device)
-    for index, (x_t, t, prompt, clean) in enumerate(_micro_batches(engine, states, prompt_embeds)):
-        rows = slice(index * micro, (index + 1) * micro)
+    given = {"old": v_old, "reference": v_ref}
+    known = {name: velocity for name, velocity in given.items() if velocity is not None}
+
+    def loss_of(
+        x_t: Tensor, t: Tensor, prompt: Tensor, clean: Tensor, v_target: Tensor, w: Tensor, *velocities: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         lagging = LaggingPass(beside) if beside else None
         v = engine(x_t, t, prompt, clean=clean, context_noise=states.context_noise, lagging=lagging)
-        others = lagging.velocities if lagging is not None else {}
-        old = others.get("old") if v_old is None else v_old[rows]
-        ref = others.get("reference") if v_ref is None else v_ref[rows]
+        others = dict(zip(known, velocities, strict=True)) | (lagging.velocities if lagging is not None else {})
+        old, ref = others.get("old"), others.get("reference")
         per_sample = nft_loss(
             v,
             old,
-            states.v_target[rows],
+            v_target,
             t,
-            weight[rows],
+            w,
             nft_beta=section.nft_beta,
             v_ref=ref,
             prior_weight=section.prior_weight if ref is not None else 0.0,
             variant=section.variant,
             advantage_clip=section.advantage_clip,
         )
-        loss = per_sample.mean()
-        engine.backward(loss)
-        engine.step()
         with torch.no_grad():
-            targets = (states.v_target[rows], v if old is None else old, v if ref is None else ref)
-            errors = [(v - target).float().square().mean() for target in targets]
-            totals += torch.stack([loss.detach(), *errors]) * (len(x_t) / len(weight))
-    names = ("student/loss", "student/flow_error", "student/old_deviation", "student/prior")
-    return dict(zip(names, all_reduce_mean(totals), strict=True)) | engine_facts(engine, weight.device)
+            targets = {
+                "flow_error": v_target,
+                "old_deviation": v if old is None else old,
+                "prior": v if ref is None else ref,
+            }
+            errors = {f"student/{name}": (v - target).float().square().mean() for name, target in targets.items()}
+        return per_sample.mean(), errors
+
+    inputs = (states.x_t, states.t, prompt_embeds, states.clean, states.v_target, weight, *known.values())
+    return step_student(engine, inputs, loss_of)
