@@ -6,14 +6,13 @@ which finds the process group initialised and uses it.
 
 import hashlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -60,7 +59,7 @@ def init_world(timeout_s: float = 1800.0, *, device: str | None = None, num_thre
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device")
     if device == "cpu" and has_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    _complete_environment()
+    store = _complete_environment()
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     threads = threads_per_rank(os.environ, size) if num_threads is None else num_threads
     if threads is not None:
@@ -69,7 +68,8 @@ def init_world(timeout_s: float = 1800.0, *, device: str | None = None, num_thre
     if on_cuda:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        place: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s), **place)
     return World(rank, local_rank, size, torch.device("cuda", local_rank) if on_cuda else torch.device("cpu"))
 
 
@@ -93,23 +93,27 @@ def set_timeouts(timeout_s: float) -> None:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
-def _complete_environment() -> None:
-    """Make a plain process look launched: the five variables a process group and DeepSpeed read."""
+def _complete_environment() -> dist.Store | None:
+    """Make a plain process look launched: the five variables a process group and DeepSpeed read.
+
+    Returns:
+        A plain process's own store, listening already: a port that was only found free can be taken before it is
+        bound. None where a launcher set the variables.
+    """
     adopt_slurm_task()
     present = [name for name in LAUNCH_VARIABLES if name in os.environ]
     missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
     if not missing:
-        return
+        return None
     if "RANK" in present or os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             f"the launcher set {', '.join(present)} but not {', '.join(missing)}: "
             "start with `deepspeed`, with torchrun, or set all five"
         )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(alone)
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, multi_tenant=True)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place})
+    return store
 
 
 def threads_per_rank(environment: Mapping[str, str], size: int) -> int | None:

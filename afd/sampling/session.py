@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,14 +151,31 @@ def run_stream(
             return statistics
         pending = list(request.then)
         for chunk in chunks:
-            statistics.add(chunk)
             assert chunk.frames is not None
-            if writer is not None:
-                writer.write(chunk.frames[0].numpy())
+            with _uninterrupted():
+                statistics.add(chunk)
+                if writer is not None:
+                    writer.write(chunk.frames[0].numpy())
             if player is not None and not player.show(chunk, statistics):
                 break
             _apply_changes(pending, prompt, chunk, fps=config.video.fps)
     return statistics
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off to the end of the block: what is counted is what is written. Only the main thread hears it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _given(

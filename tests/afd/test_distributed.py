@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from afd.distributed import _has_busy_threads, gather_cat, init_world, seeded_generator, threads_per_rank
+from afd.distributed import (
+    LAUNCH_VARIABLES,
+    _has_busy_threads,
+    gather_cat,
+    init_world,
+    seeded_generator,
+    threads_per_rank,
+)
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -53,6 +62,24 @@ def test_a_half_launched_process_is_told_what_is_missing(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="set RANK, WORLD_SIZE but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
         init_world()
+
+
+def test_a_plain_process_holds_its_port_before_anyone_reads_it_and_may_begin_again() -> None:
+    script = """
+import os, socket
+from afd.distributed import _complete_environment, close_world, init_world
+store = _complete_environment()
+with socket.socket() as other:
+    assert other.connect_ex(("127.0.0.1", int(os.environ["MASTER_PORT"]))) == 0, "nobody listens"
+del store
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    del os.environ[name]
+for _ in range(2):
+    assert init_world(60).size == 1
+    close_world()
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -17,7 +17,7 @@ from afd.cli import main
 from afd.config import RunConfig, StudentShape
 from afd.models.encoders import QUICKSTART_ASSETS
 from afd.models.weights import load_student, original_name
-from afd.sampling.session import StreamRequest, num_chunks_of, run_stream, streaming_shape
+from afd.sampling.session import StreamRequest, _uninterrupted, num_chunks_of, run_stream, streaming_shape
 
 RED, YELLOW = "a large red ball is dropped", "a large yellow ball is dropped"
 
@@ -118,6 +118,21 @@ def test_wrong_use_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["sample", "--prompt", RED, *arguments]) == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_waits_for_the_chunk_in_hand() -> None:
+    done = []
+
+    def handle_a_chunk() -> None:
+        with _uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("written")
+
+    with pytest.raises(KeyboardInterrupt):
+        handle_a_chunk()
+    assert done == ["written"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.slow
