@@ -159,6 +159,7 @@ class SlurmCluster:
         """
         title = f"slurmstepd: [{self.job(job_id)['JobId']}."  # an array task has a number of its own
         self._wait_for(lambda: not any(each.startswith(title) for each in _process_titles()), 60)
+        time.sleep(3)  # what it told last may still be on its way to the controller: seen on a loaded machine
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def stop(self) -> None:
