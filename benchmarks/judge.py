@@ -26,7 +26,7 @@ from measurement import append_csv, describe_commit
 from torch import Tensor
 
 from afd.config import RunConfig
-from afd.evaluation.physics import measure
+from afd.evaluation.heldout import measure_clip
 from afd.models.encoders import VideoCodec, load_codec
 from afd.teachers.physics_scene import parse_prompt
 from afd.train import launch, objectives
@@ -112,14 +112,13 @@ class Watch:
         assert self._shown is not None
         latents, prompts, config = self._shown
         self._codec = self._codec or load_codec(config.encoders, device=latents.device)
-        constants, group_size = config.teacher.physics, len(latents) // len(prompts)
+        group_size = len(latents) // len(prompts)
         errors = [
-            measure(
-                self._codec.decode(clip[None])[0].cpu().numpy(), prompts[i // group_size], fps=config.video.fps,
-                gravity=constants.gravity, restitution=constants.restitution, background=constants.background,
-            )["gravity_error"]
+            measure_clip(self._codec.decode(clip[None])[0].cpu().numpy(), prompts[i // group_size], config)[
+                "gravity_error"
+            ]
             for i, clip in enumerate(latents)
-        ]  # fmt: skip
+        ]
         return torch.tensor(errors)
 
     def rows(self, window: int) -> list[dict[str, object]]:

@@ -15,9 +15,9 @@ from afd.data.loader import read_all, to_batch
 from afd.distributed import World
 from afd.evaluation.counting import measure_counts
 from afd.evaluation.frechet import frechet_of_features, video_features
-from afd.evaluation.heldout import HeldoutEvaluator
+from afd.evaluation.heldout import HeldoutEvaluator, measure_clip
 from afd.evaluation.motion import measure_motion
-from afd.evaluation.physics import measure, summarise
+from afd.evaluation.physics import summarise
 from afd.models.encoders import load_codec
 from afd.models.student import CausalStudent
 from afd.rollout import rollout, rollout_noise, sampler_times
@@ -58,12 +58,11 @@ def _evaluator(config: RunConfig, heldout: Path, device: str) -> HeldoutEvaluato
 
 def _measured(videos: np.ndarray, prompts: list[str], config: RunConfig) -> dict[str, float]:
     """Means over clips of everything that is measured clip by clip."""
-    world, rows = config.teacher.physics, []
+    background, rows = config.teacher.physics.background, []
     for video, prompt in zip(videos, prompts, strict=True):
-        truth = {"gravity": world.gravity, "restitution": world.restitution, "background": world.background}
-        row = measure(video, prompt, fps=config.video.fps, **truth)
+        row = measure_clip(video, prompt, config)
         motion = {"motion_change": measure_motion(video)["motion_change"]}
-        rows.append({**row, **motion, **measure_counts(video, prompt, background=world.background)})
+        rows.append({**row, **motion, **measure_counts(video, prompt, background=background)})
     return {name: each["mean"] for name, each in summarise(rows).items() if each["mean"] == each["mean"]}
 
 

@@ -27,6 +27,19 @@ _BATCH = 32
 Summary = dict[str, dict[str, float]]
 
 
+def measure_clip(clip: np.ndarray, prompt: str, config: RunConfig) -> dict[str, float]:
+    """The physics metrics of a clip [F, height, width, 3] in [0, 1], the truth being the run's built-in world."""
+    world = config.teacher.physics
+    return measure(
+        clip,
+        prompt,
+        fps=config.video.fps,
+        gravity=world.gravity,
+        restitution=world.restitution,
+        background=world.background,
+    )
+
+
 @dataclass(frozen=True)
 class HeldoutEvaluator:
     """Held-out prompts with their teacher videos, the codec, and the world whose truth is known.
@@ -77,18 +90,8 @@ class HeldoutEvaluator:
         clips = self.decode(latents)
         if not self._is_physics_world:
             return [measure_motion(clip) for clip in clips]
-        constants, video = self.config.teacher.physics, self.config.video
-        return [
-            measure(
-                clip,
-                self.batch.prompts[row],
-                fps=video.fps,
-                gravity=constants.gravity,
-                restitution=constants.restitution,
-                background=constants.background,
-            )
-            for clip, row in zip(clips, prompt_rows, strict=True)
-        ]
+        pairs = zip(clips, prompt_rows, strict=True)
+        return [measure_clip(clip, self.batch.prompts[row], self.config) for clip, row in pairs]
 
     @functools.cached_property
     def _is_physics_world(self) -> bool:

@@ -266,7 +266,7 @@ class Trainer:
             engines=self._engines,
             averages=self._averages,
             is_verified=True,
-            unread=() if self.config.has_discriminator else ("discriminator",),
+            unread=("discriminator",),
         )
         self.loader.load_state_dict(restored.state["loader"])
         self.step = restored.state["step"]
