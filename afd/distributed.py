@@ -22,6 +22,8 @@ from afd.slurm import rank_variables
 
 T = TypeVar("T")
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_own_variables: dict[str, str] = {}
+"""What a plain process added to its environment, until `close_world` takes it back."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def _complete_environment() -> dist.Store | None:
         )
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, multi_tenant=True)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place})
+    _own_variables.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place})
+    os.environ.update(_own_variables)
     return store
 
 
@@ -137,10 +140,13 @@ def threads_per_rank(environment: Mapping[str, str], size: int) -> int | None:
 def close_world() -> None:
     """Leave the process group, where there is one; call it last, so that the process can end.
 
+    A plain process's environment is as it was before `init_world`: what it starts later is no rank of its world.
     DeepSpeed keeps references to its groups, so gloo's worker threads survive `destroy_process_group`. One that still
     lets go of its last tensor while the interpreter shuts down aborts the process ("terminate called without an
     active exception", pytorch/pytorch issue 190489): wait until all of them sleep.
     """
+    while _own_variables:
+        os.environ.pop(_own_variables.popitem()[0], None)
     if not dist.is_initialized():
         return
     dist.destroy_process_group()

@@ -64,19 +64,21 @@ def test_a_half_launched_process_is_told_what_is_missing(monkeypatch: pytest.Mon
         init_world()
 
 
-def test_a_plain_process_holds_its_port_before_anyone_reads_it_and_may_begin_again() -> None:
+def test_a_plain_process_holds_its_port_before_anyone_reads_it_and_leaves_no_variables() -> None:
     script = """
 import os, socket
 from afd.distributed import _complete_environment, close_world, init_world
+before = dict(os.environ)
 store = _complete_environment()
 with socket.socket() as other:
     assert other.connect_ex(("127.0.0.1", int(os.environ["MASTER_PORT"]))) == 0, "nobody listens"
 del store
-for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-    del os.environ[name]
+close_world()
 for _ in range(2):
     assert init_world(60).size == 1
+    assert os.environ["WORLD_SIZE"] == "1"
     close_world()
+    assert dict(os.environ) == before
 """
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)

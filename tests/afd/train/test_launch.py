@@ -2,12 +2,10 @@
 
 import fcntl
 import json
-import os
 import shutil
 import socket
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,10 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 
 @pytest.fixture
-def clean_environment() -> Iterator[None]:
-    """`init_world` completes the environment of a plain process: put it back."""
-    before = {name: os.environ.pop(name, None) for name in LAUNCHER_VARIABLES}
-    yield
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain process, whatever started the tests."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
