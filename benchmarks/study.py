@@ -3,6 +3,7 @@
     python benchmarks/study.py --preset quick                      # minutes on two cores
     python benchmarks/study.py --preset paper --dry_run            # what it would run, and how long that takes
     python benchmarks/study.py --preset paper --only main,ablations --families chunk_wise
+    python benchmarks/study.py --preset paper --match '*/chunk_wise/*/terminal_only/*'
 
 Each row is one real run of `launch/train.py` and one measurement on the held-out prompts; rows are appended to
 `<out>/rows.csv` one at a time, and the same command goes on where it was stopped. Tables, plots, contact sheets and
@@ -12,6 +13,7 @@ Each row is one real run of `launch/train.py` and one measurement on the held-ou
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import queue
 import signal
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +52,22 @@ Job = Callable[[int | None], None]
 
 
 def main() -> int:
-    """Run what is not done yet; returns 0, 1 if a row failed, or 130 if it was stopped."""
+    """Run what is not done yet; returns 0, 1 if a row failed, 2 if no row was meant, or 130 if it was stopped."""
     arguments = _parse()
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    study = Study(PRESETS[arguments.preset], arguments.out.resolve())
-    rows = build_rows(study.preset, arguments.only, arguments.families)
-    searches = search_rows(study.preset, rows)
-    runner = Runner(study, devices=_devices(arguments.jobs), clock=Clock(study.preset))
+    preset = PRESETS[arguments.preset]
+    if arguments.searched:
+        preset = dataclasses.replace(preset, searched=arguments.searched)
+    study = Study(preset, arguments.out.resolve())
+    rows = [
+        row for row in build_rows(preset, arguments.only, arguments.families) if fnmatchcase(row.id, arguments.match)
+    ]
+    if not rows:
+        sys.stderr.write(f"error: --match must fit the id of a row (--dry_run shows them), got {arguments.match}\n")
+        return 2
+    searches = search_rows(preset, rows)
+    runner = Runner(study, devices=_devices(arguments.jobs), clock=Clock(preset))
     print(runner.clock.describe(searches, rows, len(runner.devices)), flush=True)
     if arguments.dry_run:
         for row in (*searches, *rows):
@@ -87,6 +98,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", type=_names_of(TABLES), default=TABLES, help=f"tables, of {','.join(TABLES)}")
     every = tuple(FAMILIES)
     parser.add_argument("--families", type=_names_of(every), default=every, help=f"students, of {','.join(every)}")
+    parser.add_argument("--match", default="*", help="ids of the rows wanted, as a shell pattern: '*/frozen_D/*'")
+    parser.add_argument(
+        "--searched", type=_names_of(every),
+        help="families with their own search, else the first family's (default: the preset's)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write (default: outputs/study_<preset>)")
     parser.add_argument("--jobs", type=int, help="runs at a time without GPUs (default: 2, or 1 on one core)")
     parser.add_argument("--dry_run", action="store_true", help="print the rows and the time they take, and stop")

@@ -129,6 +129,29 @@ def start(out: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def test_a_pattern_picks_rows_and_one_that_fits_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parts: Any
+) -> None:
+    study = importlib.import_module("study")
+    monkeypatch.chdir(ROOT)
+
+    def planned(pattern: str) -> tuple[int, str]:
+        arguments = ["--preset", "paper", "--dry_run", "--match", pattern]
+        monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+        code = study.main()
+        texts = capsys.readouterr()
+        return code, texts.err if code else texts.out
+
+    code, text = planned("*/terminal_only/*")
+    ids = [line.partition(":")[0] for line in text.splitlines() if "/seed_" in line]
+    assert code == 0
+    assert ids[-3:] == [f"ablations/chunk_wise/default/terminal_only/seed_{seed}" for seed in range(3)]
+    assert all(each.startswith("search/chunk_wise/default/afd_") for each in ids[:-3])
+    assert planned("*/terminal/*") == (
+        2, "error: --match must fit the id of a row (--dry_run shows them), got */terminal/*\n",
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_stopped_study_goes_on_and_ends_in_tables_and_a_page(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
