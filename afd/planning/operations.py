@@ -7,7 +7,7 @@ not counted: it is limited by memory, not by arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afd.config import BackboneSection, DiscriminatorShape, LoRASection, StudentShape
 from afd_kernels import BlockCausalLayout
@@ -105,18 +105,20 @@ def student_layout(
 
 
 def student_pass(
-    shape: StudentShape, latents: tuple[int, int, int, int], *, batch: int, lora: LoRASection | None = None
-) -> list[Operation]:
-    """One pass over whole videos in the teacher-forcing layout, as in the student's update.
+    shape: StudentShape, latents: tuple[int, int, int, int], *, batch: int, lora: LoRASection | None = None,
+    teacher_forcing: bool = True,
+) -> list[Operation]:  # fmt: skip
+    """One pass over whole videos, in the teacher-forcing layout as in the student's update, or as a score has it.
 
     Args:
         shape: the student's.
         latents: (C, F, H, W) of a clip.
         batch: clips.
         lora: adapters; then the base weights are frozen.
+        teacher_forcing: [clean | noisy]; else the noised clips alone.
     """
-    layout = student_layout(shape, latents, teacher_forcing=True)
-    tokens, frames = batch * layout.num_tokens, 2 * layout.num_frames
+    layout = student_layout(shape, latents, teacher_forcing=teacher_forcing)
+    tokens, frames = batch * layout.num_tokens, (1 + teacher_forcing) * layout.num_frames
     adapted = lora is not None and lora.rank > 0
     operations = _embedders(shape, tokens=tokens, times=batch * frames, prompts=batch, trains=not adapted)
     prompt = batch * shape.text_len
@@ -125,7 +127,7 @@ def student_pass(
             shape, tokens=tokens, prompt=prompt, pairs=batch * layout.area, lora=lora if adapted else None
         )
     head = _head(shape)
-    operations.append(Matmul("proj_out", tokens // 2, *head, is_trained=not adapted, in_block=False))
+    operations.append(Matmul("proj_out", batch * layout.video_tokens, *head, is_trained=not adapted, in_block=False))
     return operations
 
 
@@ -203,6 +205,19 @@ def backbone_pass(
             Matmul("score", batch, section.num_queries * width, 1, in_block=False),
         ]
     return frozen, heads
+
+
+_BESIDE = ("text_embedding", "condition_embedder", "attn2.to_k", "attn2.to_v")  # of prompts and times, not of clips
+
+
+def slope_pass(operations: list[Operation]) -> list[Operation]:
+    """A discriminator's pass with frozen weights, where the gradient at its clips is asked for."""
+    return [
+        replace(each, is_trained=False, has_input_grad=not each.name.startswith(_BESIDE))
+        if isinstance(each, Matmul)
+        else each
+        for each in operations
+    ]
 
 
 def _head(shape: StudentShape) -> tuple[int, int]:

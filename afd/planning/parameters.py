@@ -96,23 +96,35 @@ def adapted_weights(shape: StudentShape, lora: LoRASection) -> int:
     return sum(each.inputs * each.outputs for each in layers if is_adapted(each.name, lora))
 
 
-def count_discriminator(shape: DiscriminatorShape) -> ParameterCount:
-    """Count a latent discriminator's parameters; equal to the built module's."""
+def discriminator_tensors(shape: DiscriminatorShape) -> tuple[list[int], list[int]]:
+    """Elements of a latent discriminator's parameter tensors: of one block, and of everything else."""
     latents = (shape.in_channels, *shape.patch_size)
     layers = [each for each in discriminator_pass(shape, latents, batch=1, text_len=1) if isinstance(each, Matmul)]
-    dim = shape.dim
-    block = sum(each.inputs * each.outputs + each.outputs for each in layers if each.in_block) // shape.num_layers
-    outside = sum(each.inputs * each.outputs + each.outputs for each in layers if not each.in_block)
+    block = _weights_and_biases(each for each in layers if each.in_block)
+    outside = _weights_and_biases(each for each in layers if not each.in_block)
+    dim, count = shape.dim, len(block) // shape.num_layers
     # Three affine norms, query and key norms of two attentions; the norm before the head.
-    return ParameterCount(block + 10 * dim, outside + 2 * dim, shape.num_layers)
+    return block[:count] + [dim] * 10, [*outside, dim, dim]
+
+
+def count_discriminator(shape: DiscriminatorShape) -> ParameterCount:
+    """Count a latent discriminator's parameters; equal to the built module's."""
+    block, outside = (sum(each) for each in discriminator_tensors(shape))
+    return ParameterCount(block, outside, shape.num_layers)
+
+
+def backbone_tensors(shape: StudentShape, section: BackboneSection) -> tuple[list[int], list[int]]:
+    """Elements of a backbone discriminator's parameter tensors: frozen ones (the student's blocks up to the last
+    tapped one and what is before them), and the heads'."""
+    taps, tensors, dim, width = section.taps(shape.num_layers), student_tensors(shape), shape.dim, section.head_width
+    queries = section.num_queries * width
+    # Norm and projection in; 3 x 3 x 3 convolution; norm; keys and values; queries; the score.
+    head = [dim, dim, dim * width, width, 27 * width**2, width, width, width, 2 * width**2, 2 * width, queries]
+    return tensors.before + tensors.block * (max(taps) + 1), [*head, queries, 1] * len(taps)
 
 
 def count_backbone(shape: StudentShape, section: BackboneSection) -> ParameterCount:
-    """Count a backbone discriminator's parameters: the student's blocks up to the last tapped one, and the heads."""
-    taps, whole, dim, width = section.taps(shape.num_layers), count_student(shape), shape.dim, section.head_width
-    out = shape.out_channels * shape.patch_size[1] * shape.patch_size[2]
-    behind = dim * out + out + 2 * dim
-    # Norm and projection in; 3 x 3 x 3 convolution; norm; keys and values; queries; the score.
-    head = 2 * dim + dim * width + width + 27 * width**2 + width + 2 * width + 2 * width**2 + 2 * width
-    head += 2 * section.num_queries * width + 1
-    return ParameterCount(whole.block, whole.outside - behind, max(taps) + 1, heads=len(taps) * head)
+    """Count a backbone discriminator's parameters; equal to the built module's."""
+    tensors, heads = student_tensors(shape), backbone_tensors(shape, section)[1]
+    layers = max(section.taps(shape.num_layers)) + 1
+    return ParameterCount(sum(tensors.block), sum(tensors.before), layers, heads=sum(heads))

@@ -17,10 +17,18 @@ from afd.planning.operations import (
     discriminator_pass,
     forward_flops,
     rollout_passes,
+    slope_pass,
     student_pass,
     training_flops,
 )
-from afd.planning.parameters import count_backbone, count_discriminator, count_student, student_tensors
+from afd.planning.parameters import (
+    backbone_tensors,
+    count_backbone,
+    count_discriminator,
+    count_student,
+    discriminator_tensors,
+    student_tensors,
+)
 from afd.planning.shapes import WAN_SHAPES
 from afd.rollout import SamplerTimes, rollout
 
@@ -80,6 +88,16 @@ def test_student_flops_equal_a_counted_forward_and_backward(
     assert sorted(every) == sorted(p.numel() for p in student.parameters())
 
 
+def test_a_score_of_noised_clips_alone_costs_what_is_counted() -> None:
+    student = CausalStudent(SHAPE)
+    noisy, t, prompt = inputs(3)
+    operations = student_pass(SHAPE, LATENTS, batch=3, teacher_forcing=False)
+    with torch.no_grad():
+        assert forward_flops(operations) == counted(lambda: student(noisy, t, prompt))
+    expected = counted(lambda: student(noisy, t, prompt).sum().backward())
+    assert training_flops(operations, is_checkpointed=False) == expected
+
+
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize("changes", [{}, {"window_frames": 3, "sink_frames": 1}])
 def test_rollout_flops_equal_a_counted_rollout(changes: dict[str, Any], lora: LoRASection | None) -> None:
@@ -107,6 +125,12 @@ def test_discriminator_flops_and_parameters_equal_the_counted_ones() -> None:
     expected = counted(lambda: model(latents, prompt).sum().backward())
     assert training_flops(operations, is_checkpointed=False) == expected
     assert count_discriminator(shape).total == sum(p.numel() for p in model.parameters())
+    block, outside = discriminator_tensors(shape)
+    assert sorted(block * shape.num_layers + outside) == sorted(p.numel() for p in model.parameters())
+    model.requires_grad_(False)
+    latents.requires_grad_()
+    slope = training_flops(slope_pass(operations), is_checkpointed=False)
+    assert slope == counted(lambda: model(latents, prompt).sum().backward())
 
 
 def test_backbone_discriminator_flops_and_parameters_equal_the_counted_ones() -> None:
@@ -120,9 +144,15 @@ def test_backbone_discriminator_flops_and_parameters_equal_the_counted_ones() ->
         assert forward_flops(heads) == counted(lambda: [h(x, grid) for h, x in zip(model.heads, features, strict=True)])
     expected = counted(lambda: model(latents, prompt).sum().backward())
     assert forward_flops(frozen) + training_flops(heads, is_checkpointed=False) == expected
+    every = [size for part in backbone_tensors(SHAPE, section) for size in part]
+    assert sorted(every) == sorted(p.numel() for p in model.parameters())
     count = count_backbone(SHAPE, section)
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.requires_grad_(False)
+    latents.requires_grad_()
+    slope = training_flops(slope_pass([*frozen, *heads]), is_checkpointed=False)
+    assert slope == counted(lambda: model(latents, prompt).sum().backward())
 
 
 @pytest.mark.parametrize(("name", "total"), [("wan-1.3b", 1_418_996_800), ("wan-14b", 14_288_491_584)])
