@@ -201,8 +201,7 @@ def phase_flops(config: RunConfig, shape: StudentShape, latents: Latents, rollou
 
 def planned_peak(memory: Memory, phase: str) -> float:
     """Bytes at the peak of a timed phase; the planner has none for scoring, which no run is limited by."""
-    names = {"update": ("update", "velocities", "optimizer"), "score": ()}.get(phase, (phase,))
-    return max((memory.at(name) for name in names if name in memory.phases), default=float("nan"))
+    return memory.timed(phase) or float("nan")
 
 
 def measured_rows(

@@ -33,7 +33,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from afd.planning.hardware import GPUS, INTERCONNECTS
     from afd.planning.plan import Machine, as_json, make_plan, planned_shape, refuse_what_does_not_fit, remedies
     from afd.planning.report import describe_plan, describe_remedies
-    from afd.train.ds_config import load_ds_config
+    from afd.train.ds_config import load_critic_config, load_ds_config
 
     if arguments.write_docs is not None:
         from afd.planning.tables import rewrite
@@ -42,7 +42,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(f"wrote {arguments.write_docs}")
         return
     config = load_config(arguments.config, arguments.overrides)
-    ds_configs = (load_ds_config(arguments.ds_config), load_ds_config(config.discriminator.ds_config))
+    ds_configs = tuple(load_ds_config(path) for path in (arguments.ds_config, config.discriminator.ds_config))
+    ds_configs += load_critic_config(config)
     gpu = GPUS[arguments.gpu]
     if arguments.price is not None:
         gpu = replace(gpu, price=arguments.price)

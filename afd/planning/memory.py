@@ -1,25 +1,36 @@
 """Bytes one rank needs, by part, for each phase of a step; the largest phase decides.
 
-Follows what DeepSpeed 0.19.8 allocates (runtime/zero/stage3.py, stage_1_and_2.py) and what our step keeps. Measured
-peaks of real steps on the CPU agree to 10 % (tests/afd/planning/test_measured.py).
+Follows what DeepSpeed 0.19.8 allocates (runtime/zero/stage3.py, stage_1_and_2.py) and what our step keeps. Of the
+longest step (`afd.planning.passes`). A timed phase may have several peaks, each a phase here (`Memory.timed`).
+Measured peaks of real steps of every objective on the CPU agree to 10 % (tests/afd/planning/test_measured.py).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from afd.planning.activations import (
     backbone_saved_bytes,
+    backbone_slope_bytes,
     backward_workspace_bytes,
     discriminator_saved_bytes,
+    discriminator_slope_bytes,
+    forward_workspace_bytes,
     saved_bytes,
 )
-from afd.planning.operations import student_layout
+from afd.planning.operations import student_layout, video_grid
 from afd.planning.parameters import adapted_weights
-from afd.planning.workload import EngineSettings, Workload
+from afd.planning.workload import REAL_SCORE_WIDTH, EngineSettings, Learner, Workload
 
 GIB = 2**30
-_MASTER, _MOMENTS, _AVERAGES = 4, 8, 12  # bytes per trained parameter; three float32 averages
+_MASTER, _MOMENTS, _AVERAGE = 4, 8, 4  # bytes per trained parameter
+_PEAKS = {
+    "discriminator": ("discriminator", "decoding"),
+    "critic": ("critic", "critic optimizer"),
+    "update": ("velocities", "slope", "update", "backward end", "optimizer"),
+}
+"""Phases here by the phases that the objectives' timers know, where there are several."""
 _VAE_PARAMETERS = 126_892_531  # AutoencoderKLWan 2.1, float32
 
 
@@ -46,6 +57,10 @@ class Memory:
         """Bytes allocated at the peak of a phase."""
         return sum(self.held.values()) + sum(self.phases[phase].values())
 
+    def timed(self, phase: str) -> int:
+        """Bytes allocated at the peak of a phase that the objective's timer knows; 0 for one that is not planned."""
+        return max((self.at(each) for each in _PEAKS.get(phase, (phase,)) if each in self.phases), default=0)
+
     @property
     def peak(self) -> int:
         """Bytes allocated at the peak of the step."""
@@ -54,46 +69,66 @@ class Memory:
 
 def plan_memory(work: Workload) -> Memory:
     """Bytes by part for a workload."""
+    work = work.longest
     held, host = _held(work)
-    phases = {"rollout": _rollout(work)}
+    phases: dict[str, dict[str, int]] = {}
+    if work.passes.num_times:
+        phases["rollout"] = _rollout(work)
     if work.discriminator is not None:
         phases["discriminator"] = _discriminator(work, work.discriminator)
-    phases["update"] = _update(work)
+    if work.critic is not None:
+        clips = {"rollouts, noise, states": _clips(work, work.passes.most_times + 5)}
+        phases["critic"] = _training(work, work.critic) | clips
+        phases["critic optimizer"] = _optimizer(work, work.critic) | clips
+    update, guide = _update_clips(work), _gathered_guide(work)
+    phases["update"] = _training(work, work.learner) | {"lagging passes beside v": _lagging(work)} | guide | update
+    frozen = _kept_frozen_blocks(work)
+    if frozen:
+        parts = {"frozen blocks not released": frozen}
+        phases["backward end"] = _training(work, work.learner) | parts | guide | update
     if work.vlm is not None:
-        clips = work.rollouts_per_gpu * _clip_elements(work) * 4
         phases["decoding"] = {
             "decoding (estimate)": work.vlm.decoding_bytes,
-            "rollouts and pairs": clips + _shown(work),
+            "rollouts and pairs": _clips(work, 1) + _shown(work),
         }
-    if work.has_old_pass or work.has_prior_pass:
+    if work.passes.lagging:
         phases["velocities"] = _velocities(work)
-    phases["optimizer"] = _optimizer(work)
+    if work.passes.guide is not None:
+        phases["slope"] = _slope(work) | guide | update
+    phases["optimizer"] = _optimizer(work, work.learner) | guide | update
     if work.uses_vae and work.vlm is None:  # else the one that decodes for the VLM
         host = host | {"VAE (decodes samples on the host)": _VAE_PARAMETERS * 4}
     return Memory(held, phases, host)
 
 
-def _shards(work: Workload, stage: int) -> int:
-    return work.num_gpus if work.student.stage >= stage else 1
+def _shards(work: Workload, engine: EngineSettings, stage: int) -> int:
+    return work.num_gpus if engine.stage >= stage else 1
 
 
 def _held(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
-    """What stays: weights, optimizer, gradients, buckets, averages, the discriminator."""
-    count, engine = work.parameters, work.student
-    trained = count.trained
-    weights = work.weights * engine.width // _shards(work, 3)
-    optimizer = trained * (_MASTER + _MOMENTS) // _shards(work, 1)
-    gradients = trained * engine.grad_width // work.num_gpus if engine.stage == 3 else 0
-    averages = trained * _AVERAGES // _shards(work, 3)
+    """What stays, on the device and on the host: both learners with all that is theirs, discriminator, real score."""
+    held, host = _states(work, work.learner)
+    if work.critic is not None:
+        critic = _states(work, work.critic)
+        name = "critic (weights, gradients, optimizer, bucket)"
+        held[name], host[name] = (sum(parts.values()) for parts in critic)
+        held["real score (whole)"] = work.critic.parameters.total * REAL_SCORE_WIDTH
+    held["discriminator (weights, optimizer)"] = _discriminator_states(work)
+    held["decoder of what a VLM is shown"] = work.vlm.decoder_bytes if work.vlm is not None else 0
+    return held, {name: size for name, size in host.items() if size}
+
+
+def _states(work: Workload, learner: Learner) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights, optimizer, gradients, buckets and averages of a learner: on the device, on the host."""
+    trained, engine = learner.parameters.trained, learner.engine
+    weights = learner.weights * engine.width // _shards(work, engine, 3)
     held = {
         "student shards": weights,
-        "second copy of the weights (hpZ)": work.weights * engine.width // engine.hpz if engine.hpz > 1 else 0,
-        "gradients": gradients,
-        "optimizer (masters, moments)": optimizer,
-        "averages (old, ema, reference)": averages,
+        "second copy of the weights (hpZ)": learner.weights * engine.width // engine.hpz if engine.hpz > 1 else 0,
+        "gradients": trained * engine.grad_width // work.num_gpus if engine.stage == 3 else 0,
+        "optimizer (masters, moments)": trained * (_MASTER + _MOMENTS) // _shards(work, engine, 1),
+        "averages (old, ema, reference)": learner.averages * trained * _AVERAGE // _shards(work, engine, 3),
         "reduce bucket": engine.reduce_bucket * engine.width if engine.stage == 3 else 0,
-        "discriminator (weights, optimizer)": _discriminator_states(work),
-        "decoder of what a VLM is shown": work.vlm.decoder_bytes if work.vlm is not None else 0,
     }
     host: dict[str, int] = {}
     if engine.offloads_optimizer:
@@ -111,30 +146,32 @@ def _discriminator_states(work: Workload) -> int:
         return 0
     shards = work.num_gpus if engine.stage >= 1 else 1
     weights = count.total * engine.width // (work.num_gpus if engine.stage == 3 else 1)
-    return weights + count.trained * (_MASTER + _MOMENTS) // shards
+    gradients = count.trained * engine.grad_width // work.num_gpus + engine.reduce_bucket * engine.width
+    return weights + count.trained * (_MASTER + _MOMENTS) // shards + (gradients if engine.stage == 3 else 0)
 
 
-def _clip_elements(work: Workload) -> int:
+def _clips(work: Workload, count: int) -> int:
+    """`count` float32 latents of all clips of this rank's step."""
     channels, frames, height, width = work.latents
-    return channels * frames * height * width
+    return count * work.rollouts_per_gpu * channels * frames * height * width * 4
 
 
 def _swap(work: Workload) -> int:
     """The student's own weights, set aside while an average is applied."""
-    if not (work.has_old_pass or work.has_prior_pass):
+    if not work.passes.lagging:
         return 0
-    return work.parameters.trained * work.student.width // _shards(work, 3)
+    return work.parameters.trained * work.student.width // _shards(work, work.student, 3)
 
 
-def _whole_weights(work: Workload) -> int:
+def _whole_weights(work: Workload, learner: Learner) -> int:
     """All weights gathered at once: nothing more where they are whole anyway."""
-    gathers = work.student.stage == 3 and work.num_gpus > 1
-    return work.weights * work.student.width if gathers else 0
+    gathers = learner.engine.stage == 3 and work.num_gpus > 1
+    return learner.weights * learner.engine.width if gathers else 0
 
 
-def _gathered_blocks(work: Workload) -> int:
+def _gathered_blocks(work: Workload, learner: Learner) -> int:
     """Whole blocks under ZeRO-3: the one that runs, its flat receive buffer, and what is prefetched."""
-    engine, count = work.student, work.parameters
+    engine, count = learner.engine, learner.parameters
     if engine.stage < 3 or work.num_gpus == 1:
         return 0
     block = count.block + count.adapter
@@ -142,7 +179,7 @@ def _gathered_blocks(work: Workload) -> int:
 
 
 def _rollout(work: Workload) -> dict[str, int]:
-    shape, engine, one = work.shape, work.student, work.update_pass
+    shape, engine, one = work.shape, work.student, work.training_pass(work.learner)
     layout = student_layout(shape, work.latents, teacher_forcing=False)
     kept = layout.num_frames
     if shape.window_frames is not None:
@@ -153,20 +190,19 @@ def _rollout(work: Workload) -> dict[str, int]:
     prompt = 2 * shape.num_layers * batch * shape.text_len * shape.dim
     float32 = 2 if engine.width == 2 and one.kernels == "fused" else 1
     working = chunk * (6 * shape.dim * float32 + 2 * shape.ffn_dim)
-    clips = work.rollouts_per_gpu * _clip_elements(work) * 4
     return {
-        "gathered student": _whole_weights(work),
-        "swapped-out weights": _swap(work) if work.has_old_pass else 0,
+        "gathered student": _whole_weights(work, work.learner),
+        "swapped-out weights": _swap(work) if work.passes.has_old_pass else 0,
         "merged weights": _merged(work),
         "KV cache": (2 * shape.num_layers * tokens * shape.dim + prompt) * engine.width,
         "activations": working * engine.width,
-        "rollouts and noise": clips * (max(work.num_times) + 3),
+        "rollouts and noise": _clips(work, work.passes.most_times + 3),
     }
 
 
 def _merged(work: Workload) -> int:
     """Weights with the adapters merged in; gathered ZeRO-3 copies are written over instead."""
-    if not work.merges_adapters or _whole_weights(work):
+    if not work.merges_adapters or _whole_weights(work, work.learner):
         return 0
     return adapted_weights(work.shape, work.lora) * work.student.width
 
@@ -192,14 +228,13 @@ def _discriminator(work: Workload, engine: EngineSettings) -> dict[str, int]:
         saved = backbone_saved_bytes(
             work.shape, work.backbone, work.window_latents, batch=clips, width=engine.width, kernels=work.kernels
         )
-    pairs = work.rollouts_per_gpu * _clip_elements(work) * 4
-    bucket = _reduction_buckets(engine, count)
-    shards = work.num_gpus if engine.stage else 1
-    gradients = count * engine.grad_width + bucket + count * 4 // shards  # the last: this rank's part, in float32
+    gradients = count * 4 // _shards(work, engine, 1)  # this rank's part, in float32
+    if engine.stage < 3:
+        gradients += count * engine.grad_width + _reduction_buckets(engine, count)
     return {
         "activations": saved,
         "gradients": gradients,
-        "rollouts and pairs": pairs * (3 + work.clips_per_pair) + _shown(work),
+        "rollouts and pairs": _clips(work, 3 + work.clips_per_pair + _kept_noise(work)) + _shown(work),
     }
 
 
@@ -208,57 +243,105 @@ def _shown(work: Workload) -> int:
     return 2 * work.rollouts_per_gpu * work.vlm.shown_bytes if work.vlm is not None else 0
 
 
-def _update(work: Workload) -> dict[str, int]:
-    one, engine, count = work.update_pass, work.student, work.parameters
+def _kept_noise(work: Workload) -> int:
+    """Noise tensors of a clip that are kept for the update, which repeats the rollout."""
+    return work.passes.most_times if work.passes.guide is not None else 0
+
+
+def _update_clips(work: Workload) -> dict[str, int]:
+    """Rollouts, states and targets; or rollouts, their noise, and what the guide compares them with."""
+    count = 6 + work.passes.lagging if work.passes.guide is None else 4 + _kept_noise(work)
+    return {"rollouts, states, velocities": _clips(work, count)}
+
+
+def _training(work: Workload, learner: Learner) -> dict[str, int]:
+    """Forward and backward of one micro batch."""
+    one, engine, count = work.training_pass(learner), learner.engine, learner.parameters
     full = engine.stage < 3
     gradients = count.trained * engine.grad_width if full else (count.adapter or count.block) * engine.width
     bucket = _reduction_buckets(engine, count.trained) if full else 0
-    states = 4 + work.has_old_pass + work.has_prior_pass
     return {
-        "gathered block": _gathered_blocks(work),
+        "gathered block": _gathered_blocks(work, learner),
         "gradients": gradients + bucket,
-        "activations": saved_bytes(one, is_checkpointed=work.is_checkpointed),
+        "activations": saved_bytes(one, is_checkpointed=learner.is_checkpointed),
         "backward workspace": backward_workspace_bytes(one),
-        "lagging passes beside v": _lagging(work),
-        "rollouts, states, velocities": work.rollouts_per_gpu * _clip_elements(work) * 4 * (states + 2),
     }
+
+
+def _kept_frozen_blocks(work: Workload) -> int:
+    """What the end of the student's backward needs beyond its start. With adapters and recomputation under ZeRO-3,
+    DeepSpeed keeps the frozen weights of every block that it gathered to recompute it until the backward is over; in
+    return the block's input is gone."""
+    learner, one = work.learner, work.training_pass(work.learner)
+    if not (learner.is_checkpointed and learner.lora.rank) or not _whole_weights(work, learner):
+        return 0
+    kept = learner.parameters.block * learner.engine.width - one.tokens * learner.shape.dim * one.width
+    return max(0, kept) * (learner.shape.num_layers - 1)
+
+
+def _gathered_guide(work: Workload) -> dict[str, int]:
+    """What is whole during the student's update: the discriminator's weights, or the critic's."""
+    if work.passes.guide == "scores" and work.critic is not None:
+        return {"gathered critic": _whole_weights(work, work.critic)}
+    engine = work.discriminator
+    if work.passes.guide is None or engine is None or engine.stage < 3 or work.num_gpus == 1:
+        return {}
+    return {"gathered discriminator": work.discriminator_parameters.total * engine.width}
+
+
+def _slope(work: Workload) -> dict[str, int]:
+    """The student's graph, kept, while its guide tells a micro batch's clips where to go."""
+    engine, learner = work.student, work.learner
+    return {
+        "gathered block": _gathered_blocks(work, learner),
+        "gradients": work.parameters.trained * engine.grad_width if engine.stage < 3 else 0,
+        "activations": saved_bytes(work.training_pass(learner), is_checkpointed=learner.is_checkpointed),
+        "guide's activations": max([_discriminator_slope(work), *map(forward_workspace_bytes, work.score_passes)]),
+    }
+
+
+def _discriminator_slope(work: Workload) -> int:
+    """What the discriminator keeps for the gradient at the clips, and the gradients inside one of its blocks."""
+    engine, clips, latents = work.discriminator, work.student.micro * work.windows[0], work.window_latents
+    if engine is None:
+        return 0
+    shape = work.discriminator_shape if work.backbone is None else work.shape
+    inside = clips * math.prod(video_grid(shape, latents)) * (shape.dim + shape.ffn_dim) * engine.width
+    if work.backbone is not None:
+        return inside + backbone_slope_bytes(work.shape, work.backbone, latents, batch=clips, width=engine.width)
+    return inside + discriminator_slope_bytes(
+        work.discriminator_shape, latents, batch=clips, text_len=work.shape.text_len, width=engine.width
+    )
 
 
 def _lagging(work: Workload) -> int:
     """Tokens of the roles beside v, and one block's forward without gradient."""
+    one = work.training_pass(work.learner)
     if not work.lagging_beside:
         return 0
-    one, shape = work.update_pass, work.shape
-    float32 = 2 if one.width == 2 and one.kernels == "fused" else 1
-    working = one.tokens * (6 * shape.dim * float32 + 2 * shape.ffn_dim)
-    return (work.lagging_beside * one.tokens * shape.dim + working) * one.width
+    return work.lagging_beside * one.tokens * work.shape.dim * one.width + forward_workspace_bytes(one)
 
 
-def _optimizer(work: Workload) -> dict[str, int]:
+def _optimizer(work: Workload, learner: Learner) -> dict[str, int]:
     """The step itself: this rank's gradients flattened and in float32, and what the optimizer makes of them."""
-    engine, trained = work.student, work.parameters.trained
-    mine = trained // _shards(work, 1)
+    engine, trained = learner.engine, learner.parameters.trained
+    mine = trained // _shards(work, engine, 1)
     group = min(mine, engine.sub_group) if engine.stage == 3 else mine
     flat = group * (engine.grad_width + (4 if engine.grad_width < 4 else 0))
     temporaries = 0 if engine.is_fused or engine.offloads_optimizer else 2 * 4 * group
-    clips = work.rollouts_per_gpu * _clip_elements(work) * 4 * 8
-    where = {"flattened gradients": 0 if engine.offloads_optimizer else flat, "optimizer workspace": temporaries}
-    return where | {"rollouts, states, velocities": clips}
+    return {"flattened gradients": 0 if engine.offloads_optimizer else flat, "optimizer workspace": temporaries}
 
 
 def _velocities(work: Workload) -> dict[str, int]:
     """v_old and v_ref on their own, without gradient; beside v they are part of the update."""
-    one, engine = work.update_pass, work.student
     if work.lagging_beside:
         return {}
-    float32 = 2 if engine.width == 2 and one.kernels == "fused" else 1
-    working = one.tokens * (6 * work.shape.dim * float32 + 2 * work.shape.ffn_dim) * engine.width
     return {
-        "gathered student": _whole_weights(work) if work.gathers_once else 0,
-        "gathered block": 0 if work.gathers_once else _gathered_blocks(work),
+        "gathered student": _whole_weights(work, work.learner) if work.gathers_once else 0,
+        "gathered block": 0 if work.gathers_once else _gathered_blocks(work, work.learner),
         "swapped-out weights": _swap(work),
-        "activations": working,
-        "rollouts, states, velocities": work.rollouts_per_gpu * _clip_elements(work) * 4 * 6,
+        "activations": forward_workspace_bytes(work.training_pass(work.learner)),
+        "rollouts, states, velocities": _clips(work, 6),
     }
 
 

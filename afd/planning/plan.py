@@ -1,4 +1,4 @@
-"""A whole plan from a configuration and two DeepSpeed JSONs, and the cheapest change when it does not fit."""
+"""A whole plan from a configuration and its DeepSpeed JSONs, and the cheapest change when it does not fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from afd.planning.refusals import check_divides, check_fits
 from afd.planning.timing import Step, predict_step
 from afd.planning.workload import Workload, build_workload, engine_settings
 
-DSConfigs = tuple[dict[str, Any], dict[str, Any]]
+DSConfigs = tuple[dict[str, Any], ...]
+"""JSONs of the engines: the student's, the discriminator's and, for objective dmd, the critic's."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,21 @@ def planned_shape(config: RunConfig) -> StudentShape:
     return StudentShape(**given)
 
 
+def critic_shape(config: RunConfig, shape: StudentShape) -> StudentShape:
+    """The shape of objective dmd's critic and real score: the file's where it is on this machine, else the student's.
+
+    Raises:
+        ConfigError: the file is no student's.
+    """
+    path = config.dmd.real_score
+    if path is None or not path.is_file():
+        return shape
+    try:
+        return read_student_shape(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def make_plan(config: RunConfig, shape: StudentShape, ds_configs: DSConfigs, machine: Machine) -> Plan:
     """Plan a run.
 
@@ -99,9 +115,11 @@ def make_plan(config: RunConfig, shape: StudentShape, ds_configs: DSConfigs, mac
     )
     student = engine_settings(ds_configs[0], batches[0])
     discriminator = engine_settings(ds_configs[1], batches[1]) if batches[1] else None
+    critic = (critic_shape(config, shape), engine_settings(ds_configs[2], batches[2])) if batches[2] else None
     work = build_workload(
-        config, shape, latents=latents, num_gpus=machine.num_gpus, engines=(student, discriminator), kernels="fused"
-    )
+        config, shape, latents=latents, num_gpus=machine.num_gpus, engines=(student, discriminator), kernels="fused",
+        critic=critic,
+    )  # fmt: skip
     step = predict_step(work, machine.gpu, machine.network, gpus_per_node=machine.gpus_per_node)
     return Plan(machine, work, plan_memory(work), step)
 
@@ -147,7 +165,7 @@ def _changes(config: RunConfig, ds_configs: DSConfigs) -> Iterator[_Change]:
     if config.rollout.group_size > 2:
         half = config.rollout.group_size // 2
         yield _Change(
-            f"fewer rollouts: rollout.group_size={half} and half of train_batch_size in both JSONs",
+            f"fewer rollouts: rollout.group_size={half} and half of train_batch_size in all JSONs",
             {"rollout": {"group_size": half}},
             {"batch": 0.5},
         )
@@ -184,20 +202,21 @@ def _fitting(
 
 def _applied(config: RunConfig, ds_configs: DSConfigs, change: _Change) -> tuple[RunConfig, DSConfigs]:
     sections = {name: getattr(config, name).model_copy(update=new) for name, new in change.config.items()}
-    student, discriminator = copy.deepcopy(ds_configs)
+    student, *others = copy.deepcopy(ds_configs)
     student.setdefault("zero_optimization", {}).update(change.ds.get("zero", {}))
     if "micro" in change.ds:
         student["train_micro_batch_size_per_gpu"] = change.ds["micro"]
         student.pop("gradient_accumulation_steps", None)
     if "batch" in change.ds:
-        for each in (student, discriminator):
+        for each in (student, *others):
             each["train_batch_size"] = int(each["train_batch_size"] * change.ds["batch"])
-    return config.model_copy(update=sections), (student, discriminator)
+    return config.model_copy(update=sections), (student, *others)
 
 
 def as_json(plan: Plan, price: float) -> dict[str, Any]:
     """Everything about a plan, for `--json`."""
     work, memory, step = plan.workload, plan.memory, plan.step
+    passes, critic = work.passes, work.critic
     return {
         "gpu": plan.machine.gpu.name,
         "gpus": plan.machine.num_gpus,
@@ -206,6 +225,13 @@ def as_json(plan: Plan, price: float) -> dict[str, Any]:
             "student": work.parameters.total,
             "trained": work.parameters.trained,
             "discriminator": work.discriminator_parameters.total,
+            **({"critic": critic.parameters.total, "real_score": critic.parameters.total} if critic else {}),
+        },
+        "objective": passes.objective,
+        "mean_step": {
+            "denoising_steps": sum(others for _, others in passes.lengths) / len(passes.lengths),
+            "updates_of_the_student": float(passes.updates * passes.update_share),
+            "forwards_without_gradient_in_an_update": float(passes.lagging + passes.repeats),
         },
         "rollouts_per_step": work.rollouts,
         "memory": {

@@ -51,22 +51,23 @@ def check_divides(
     config: RunConfig,
     shape: StudentShape,
     latents: tuple[int, int, int, int],
-    ds_configs: tuple[dict[str, Any], dict[str, Any]],
+    ds_configs: tuple[dict[str, Any], ...],
     *,
     num_gpus: int,
     gpus_per_node: int,
-) -> tuple[Batch, Batch | None]:
+) -> tuple[Batch, Batch | None, Batch | None]:
     """Check that batches, heads, chunks and nodes divide, and that adapters to merge are there.
 
     Args:
         config: the run's.
         shape: the student's.
         latents: (C, F, H, W).
-        ds_configs: of the student's and of the discriminator's engine; the latter is not read where none is built.
+        ds_configs: of the student's engine, of the discriminator's (not read where none is built) and, for objective
+            dmd, of the critic's.
         num_gpus: ranks.
         gpus_per_node: ranks on one node.
     Returns:
-        (global, micro, accumulation) of the student and of the discriminator; None where none is built.
+        (global, micro, accumulation) of the student, the discriminator and the critic; None where none is built.
     Raises:
         ConfigError: the first thing that does not divide or is not there.
     """
@@ -75,6 +76,7 @@ def check_divides(
     try:
         student = batch_arithmetic(ds_configs[0], num_gpus)
         discriminator = batch_arithmetic(ds_configs[1], num_gpus) if config.has_discriminator else None
+        critic = batch_arithmetic(ds_configs[2], num_gpus) if config.objective == "dmd" else None
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_chunks(config, shape, latents)
@@ -84,13 +86,15 @@ def check_divides(
             f"train_batch_size must be the same in both DeepSpeed JSONs (rollouts per step), got {student[0]} for the "
             f"student and {discriminator[0]} for the discriminator"
         )
+    if critic is not None and student[0] != critic[0]:
+        raise ConfigError(f"train_batch_size of dmd.ds_config must be {student[0]} like the student's, got {critic[0]}")
     group_size = config.rollout.group_size
     if student[0] % (group_size * num_gpus):
         raise ConfigError(
             f"train_batch_size {student[0]} must be a multiple of rollout.group_size {group_size} x {num_gpus} ranks"
         )
     _check_nodes(ds_configs[0], num_gpus, gpus_per_node)
-    return student, discriminator
+    return student, discriminator, critic
 
 
 def _check_chunks(config: RunConfig, shape: StudentShape, latents: tuple[int, int, int, int]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from afd.planning.hardware import ASSUMED
 from afd.planning.memory import GIB, Memory
+from afd.planning.passes import StepPasses
 from afd.planning.plan import Plan, Remedy, gib
+from afd.planning.workload import Workload
 
 _VLM_NOTE = "discriminator.kind vlm: seconds of decoding are not counted; its activations and decoding are estimates"
 
@@ -12,13 +14,13 @@ _VLM_NOTE = "discriminator.kind vlm: seconds of decoding are not counted; its ac
 def describe_plan(plan: Plan, *, price: float) -> str:
     """The text of `afd plan`: parameters, memory by part, work by phase, and what follows."""
     work, step, machine = plan.workload, plan.step, plan.machine
-    count = work.parameters
     lines = [
         f"# {machine.num_gpus} x {machine.gpu.name}, {machine.network.name}; every number is a prediction",
-        f"student {count.total:,} parameters, {count.trained:,} trained; discriminator "
-        f"{work.discriminator_parameters.total:,}",
-        f"{work.rollouts} rollouts a step = {work.rollouts // work.group_size} prompts x G {work.group_size}; per GPU "
-        f"{work.rollouts_per_gpu}, student's micro batch {work.student.micro} x {work.student.accumulation}",
+        _models_line(work),
+        f"{work.rollouts} {'rollouts' if work.passes.num_times else 'noised teacher clips'} a step = "
+        f"{work.rollouts // work.group_size} prompts x G {work.group_size}; per GPU {work.rollouts_per_gpu}, student's "
+        f"micro batch {work.student.micro} x {work.student.accumulation}",
+        step_line(work.passes),
         "",
         *memory_table(plan.memory),
         f"usable: {gib(machine.usable)} of {gib(machine.gpu.memory)} GiB: {'fits' if plan.fits else 'DOES NOT FIT'}",
@@ -41,6 +43,28 @@ def describe_plan(plan: Plan, *, price: float) -> str:
         *([_VLM_NOTE] if work.vlm is not None else []),
     ]
     return "\n".join(lines)
+
+
+def _models_line(work: Workload) -> str:
+    count, others = work.parameters, []
+    if work.discriminator is not None:
+        others.append(f"; discriminator {work.discriminator_parameters.total:,}")
+    if work.critic is not None:
+        others.append(f"; critic and frozen real score {work.critic.parameters.total:,} each")
+    return f"student {count.total:,} parameters, {count.trained:,} trained{''.join(others)}"
+
+
+def step_line(passes: StepPasses) -> str:
+    """What a step of this objective means where steps differ."""
+    line = f"objective {passes.objective}"
+    if not passes.is_truncated:
+        return line
+    mean = sum(others for _, others in passes.lengths) / len(passes.lengths)
+    line += f": a rollout ends after 1 to {passes.num_times} denoising steps, each as likely, which the update repeats"
+    if passes.update_every > 1:
+        line += f"; the student moves every {passes.update_every} steps"
+    line += f". Seconds, traffic and cost are the mean step's ({mean:.1f} denoising steps"
+    return line + (f", 1/{passes.update_every} update" if passes.update_every > 1 else "") + "), memory the longest's"
 
 
 def memory_table(memory: Memory) -> list[str]:

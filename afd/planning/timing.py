@@ -1,12 +1,13 @@
 """Seconds of a step from FLOPs, bytes and collectives; MFU, throughput and cost from the seconds.
 
-A roofline with printed assumptions (`afd.planning.hardware`): a prediction, not a measurement.
+A roofline with printed assumptions (`afd.planning.hardware`): a prediction, not a measurement. Of the mean step
+(`afd.planning.passes`), by the phases of the objective's own timers; AFD's scoring is part of `discriminator`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afd.config import BackboneSection
 from afd.planning.communication import Transfer, plan_transfers
@@ -18,11 +19,12 @@ from afd.planning.operations import (
     discriminator_pass,
     forward_flops,
     rollout_passes,
+    slope_pass,
     student_pass,
     training_flops,
 )
 from afd.planning.vlm import VLMPlan
-from afd.planning.workload import EngineSettings, Workload
+from afd.planning.workload import EngineSettings, Learner, Workload
 
 _ELEMENTWISE_FORWARD, _ELEMENTWISE_BACKWARD = 20, 40  # [tokens, dim] tensors read or written around the products
 
@@ -75,14 +77,14 @@ class Step:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of rollouts generated, judged and trained on, over all ranks."""
+        """Tokens of the clips that a step takes (rollouts; teacher clips for sft), over all ranks."""
         shape, (_, frames, height, width) = self.workload.shape, self.workload.latents
         clip = frames * (height // shape.patch_size[1]) * (width // shape.patch_size[2])
         return self.workload.rollouts * clip / self.seconds
 
     @property
     def videos_per_day(self) -> float:
-        """Rollouts generated, judged and trained on."""
+        """Clips that steps take: rollouts, or teacher clips for sft."""
         return self.workload.rollouts / self.seconds * 86400
 
     def cost(self, price: float, steps: int = 1000) -> float:
@@ -100,12 +102,19 @@ def predict_step(
 ) -> Step:
     """Seconds of every phase of a step."""
     clock = Clock(work, gpu, network, gpus_per_node, assumed)
-    transfers = plan_transfers(work)
+    loads = {
+        "rollout": _rollout_work,
+        "discriminator": _discriminator_work,
+        "critic": _critic_work,
+        "update": _update_work,
+    }
+    optimizers = {"update": clock.optimizer_seconds(work.learner) * work.passes.updates * work.passes.update_share}
+    if work.critic is not None:
+        optimizers["critic"] = clock.optimizer_seconds(work.critic)
     return Step(
         {
-            "rollout": clock.phase(*_rollout_work(work), transfers["rollout"], extra_s=0.0),
-            "discriminator": clock.phase(*_discriminator_work(work), transfers["discriminator"], extra_s=0.0),
-            "update": clock.phase(*_update_work(work), transfers["update"], extra_s=clock.optimizer_seconds()),
+            name: clock.phase(*loads[name](work), transfers, extra_s=float(optimizers.get(name, 0.0)))
+            for name, transfers in plan_transfers(work).items()
         },
         gpu,
         work,
@@ -123,24 +132,30 @@ class Load:
 
 
 def _rollout_work(work: Workload) -> tuple[list[Load], float]:
-    micro = min(work.rollout_batch, work.rollouts_per_gpu)
+    micro, lengths = min(work.rollout_batch, work.rollouts_per_gpu), work.passes.lengths
     count = work.rollouts_per_gpu / micro
-    first, others = work.num_times
-    passes = rollout_passes(
-        work.shape, work.latents, batch=micro, num_times=others, first_chunk_times=first,
-        lora=None if work.merges_adapters else work.lora,
-    )  # fmt: skip
+    lora = None if work.merges_adapters else work.lora
+    loads = [
+        Load(
+            rollout_passes(
+                work.shape, work.latents, batch=micro, num_times=others, first_chunk_times=first, lora=lora
+            ),
+            [], False, count / len(lengths),
+        )
+        for first, others in lengths
+    ]  # fmt: skip
     chunk, per_clip = work.shape.chunk_frames, math.prod(work.latents[1:])
     tokens = micro * per_clip // math.prod(work.shape.patch_size)
-    forwards = -(-work.latents[1] // chunk) * (work.num_times[1] + 1)
-    weights = forwards * work.weights * work.student.width
+    passes = sum(others for _, others in lengths) / len(lengths) + 1  # and the one that writes the cache
+    forwards = -(-work.latents[1] // chunk) * passes
+    weights = forwards * work.learner.weights * work.student.width
     cached = forwards * tokens * work.shape.dim * work.student.width * work.shape.num_layers  # half of it on average
-    moved = (work.num_times[1] + 1) * _elementwise(work, tokens, _ELEMENTWISE_FORWARD) + weights + cached
-    return [Load(passes, [], False, count)], moved * count
+    moved = passes * _elementwise(work.learner, tokens, _ELEMENTWISE_FORWARD) + weights + cached
+    return loads, moved * count
 
 
-def _elementwise(work: Workload, tokens: int, tensors: int) -> float:
-    return tensors * tokens * work.shape.dim * work.student.width * work.shape.num_layers
+def _elementwise(learner: Learner, tokens: int, tensors: float) -> float:
+    return tensors * tokens * learner.shape.dim * learner.engine.width * learner.shape.num_layers
 
 
 def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
@@ -154,24 +169,31 @@ def _discriminator_work(work: Workload) -> tuple[list[Load], float]:
         return _backbone_work(work, engine, work.backbone, clips)
     train = discriminator_pass(shape, latents, batch=work.clips_per_pair * clips, text_len=text_len)
     judge = discriminator_pass(shape, latents, batch=clips, text_len=text_len)
-    tokens = clips * math.prod(latents[1:]) // math.prod(shape.patch_size)
-    forward = tokens * shape.dim * engine.width * shape.num_layers * _ELEMENTWISE_FORWARD
-    steps = work.discriminator_steps
-    moved = engine.accumulation * forward * (1 + 3 * work.clips_per_pair * steps)
-    return [Load([], train, False, engine.accumulation * steps), Load(judge, [], False, engine.accumulation)], moved
+    steps, judges = work.passes.discriminator_steps, engine.accumulation * work.passes.judges
+    moved = _discriminator_elementwise(work, engine, clips)
+    moved *= judges + 3 * work.clips_per_pair * steps * engine.accumulation
+    return [Load([], train, False, engine.accumulation * steps), Load(judge, [], False, judges)], moved
+
+
+def _discriminator_elementwise(work: Workload, engine: EngineSettings, clips: int) -> float:
+    """Bytes around the products of one forward of a latent or backbone discriminator."""
+    shape = work.discriminator_shape if work.backbone is None else work.shape
+    tokens = clips * math.prod(work.window_latents[1:]) // math.prod(shape.patch_size)
+    layers = work.discriminator_parameters.num_layers
+    return tokens * shape.dim * engine.width * layers * _ELEMENTWISE_FORWARD
 
 
 def _vlm_work(work: Workload, engine: EngineSettings, vlm: VLMPlan) -> tuple[list[Load], float]:
-    steps = work.discriminator_steps
+    steps, judges = work.passes.discriminator_steps, work.passes.judges
     pairs = work.clips_per_pair * engine.micro
     train = [vlm.operations(pairs, learns=learns) for learns in (False, True)]
     judge = [each for learns in (False, True) for each in vlm.operations(engine.micro, learns=learns)]
     per_clip = sum(each.tokens * each.dim * each.num_layers for each in vlm.towers) * engine.width
     moved = engine.accumulation * engine.micro * per_clip * _ELEMENTWISE_FORWARD
-    moved *= 1 + (3 + vlm.is_checkpointed) * work.clips_per_pair * steps
+    moved *= judges + (3 + vlm.is_checkpointed) * work.clips_per_pair * steps
     return [
         Load(train[0], train[1], vlm.is_checkpointed, engine.accumulation * steps),
-        Load(judge, [], False, engine.accumulation),
+        Load(judge, [], False, engine.accumulation * judges),
     ], moved
 
 
@@ -179,24 +201,62 @@ def _backbone_work(
     work: Workload, engine: EngineSettings, section: BackboneSection, clips: int
 ) -> tuple[list[Load], float]:
     shape, latents = work.shape, work.window_latents
-    pairs, steps = work.clips_per_pair * clips, work.discriminator_steps
+    pairs, steps = work.clips_per_pair * clips, work.passes.discriminator_steps
     frozen, heads = backbone_pass(shape, section, latents, batch=pairs)
     judge = [each for part in backbone_pass(shape, section, latents, batch=clips) for each in part]
-    tokens = clips * math.prod(latents[1:]) // math.prod(shape.patch_size)
-    blocks = work.discriminator_parameters.num_layers
-    forward = tokens * shape.dim * engine.width * blocks * _ELEMENTWISE_FORWARD
-    moved = engine.accumulation * forward * (1 + work.clips_per_pair * steps)
-    loads = [Load(frozen, heads, False, engine.accumulation * steps), Load(judge, [], False, engine.accumulation)]
-    return loads, moved
+    judges = engine.accumulation * work.passes.judges
+    moved = _discriminator_elementwise(work, engine, clips)
+    moved *= judges + work.clips_per_pair * steps * engine.accumulation
+    return [Load(frozen, heads, False, engine.accumulation * steps), Load(judge, [], False, judges)], moved
+
+
+def _critic_work(work: Workload) -> tuple[list[Load], float]:
+    return _training_work(work, work.critic, forwards=0.0) if work.critic is not None else ([], 0.0)
 
 
 def _update_work(work: Workload) -> tuple[list[Load], float]:
-    engine = work.student
-    passes = student_pass(work.shape, work.latents, batch=engine.micro, lora=work.lora)
-    roles, times = work.has_old_pass + work.has_prior_pass, engine.accumulation * work.updates_per_rollout
-    tensors = _ELEMENTWISE_FORWARD * (roles + 1 + work.is_checkpointed) + _ELEMENTWISE_BACKWARD
-    moved = times * _elementwise(work, work.update_pass.tokens, tensors)
-    return [Load(passes, [], False, times * roles), Load([], passes, work.is_checkpointed, times)], moved
+    """All updates of the student in a step, its guide's passes included."""
+    passes, engine = work.passes, work.student
+    loads, moved = _training_work(work, work.learner, forwards=float(passes.lagging + passes.repeats))
+    guide, beside = _guide_work(work)
+    share = float(passes.updates * passes.update_share)
+    loads = [*loads, *(replace(each, times=each.times * engine.accumulation) for each in guide)]
+    return [replace(each, times=each.times * share) for each in loads], share * (moved + engine.accumulation * beside)
+
+
+def _training_work(work: Workload, learner: Learner, *, forwards: float) -> tuple[list[Load], float]:
+    """One optimizer step of a velocity model, with `forwards` without gradient before each one with."""
+    engine, times = learner.engine, learner.engine.accumulation
+    operations = student_pass(
+        learner.shape, work.latents, batch=engine.micro, lora=learner.lora, teacher_forcing=learner.teacher_forcing
+    )
+    tensors = _ELEMENTWISE_FORWARD * (forwards + 1 + learner.is_checkpointed) + _ELEMENTWISE_BACKWARD
+    moved = times * _elementwise(learner, work.training_pass(learner).tokens, tensors)
+    loads = [Load(operations, [], False, times * forwards), Load([], operations, learner.is_checkpointed, times)]
+    return loads, moved
+
+
+def _guide_work(work: Workload) -> tuple[list[Load], float]:
+    """What tells a micro batch of the student's clips where to go: both scores' forwards; or the discriminator's, on
+    the teacher's clips, and its gradient at the student's."""
+    engine, micro = work.discriminator, work.student.micro
+    if work.critic is not None:
+        forward = student_pass(work.critic.shape, work.latents, batch=micro, teacher_forcing=False)
+        widths = [each.width / work.critic.engine.width for each in work.score_passes]
+        tokens = work.score_passes[0].tokens
+        moved = sum(widths) * _elementwise(work.critic, tokens, _ELEMENTWISE_FORWARD)
+        return [Load(forward, [], False, len(widths))], moved
+    if work.passes.guide is None or engine is None:
+        return [], 0.0
+    clips, recomputes = micro * work.windows[0], False
+    if work.backbone is not None:
+        parts = backbone_pass(work.shape, work.backbone, work.window_latents, batch=clips)
+        forward, recomputes = [each for part in parts for each in part], work.backbone.gradient_checkpointing
+    else:
+        text_len = work.shape.text_len
+        forward = discriminator_pass(work.discriminator_shape, work.window_latents, batch=clips, text_len=text_len)
+    moved = _discriminator_elementwise(work, engine, clips) * (4 + recomputes)
+    return [Load(forward, slope_pass(forward), recomputes, 1)], moved
 
 
 @dataclass(frozen=True)
@@ -231,13 +291,13 @@ class Clock:
             return local
         return max(local, transfer.sent(nodes) / (self.network.node_bandwidth * self.assumed.network))
 
-    def optimizer_seconds(self) -> float:
-        """AdamW and three averages over this rank's shard."""
-        work = self.work
-        mine = work.parameters.trained / (work.num_gpus if work.student.stage else 1)
-        if work.student.offloads_optimizer:
-            return work.updates_per_rollout * mine * ((4 + 2) / PCIE + 28 / HOST_ADAM)
-        return work.updates_per_rollout * mine * (30 + 24) / (self.gpu.bandwidth * self.assumed.memory)
+    def optimizer_seconds(self, learner: Learner) -> float:
+        """AdamW and the averages over this rank's shard, once."""
+        engine = learner.engine
+        mine = learner.parameters.trained / (self.work.num_gpus if engine.stage else 1)
+        if engine.offloads_optimizer:
+            return mine * ((4 + 2) / PCIE + 28 / HOST_ADAM)
+        return mine * (30 + 8 * learner.averages) / (self.gpu.bandwidth * self.assumed.memory)
 
     def _product_seconds(self, load: Load) -> float:
         every = [*load.without_grad, *load.with_grad]

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from afd.config import BackboneSection, DiscriminatorShape, LoRASection, RunConfig, StudentShape
 from afd.planning.activations import Kernels, PassShape
-from afd.planning.parameters import ParameterCount, count_backbone, count_discriminator, count_student
+from afd.planning.parameters import (
+    ParameterCount,
+    StudentTensors,
+    backbone_tensors,
+    count_backbone,
+    count_discriminator,
+    count_student,
+    discriminator_tensors,
+    student_tensors,
+)
+from afd.planning.passes import StepPasses, step_passes
 from afd.planning.vlm import VLMPlan, plan_discriminator_vlm
 
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size
 _DEFAULT_SUB_GROUP = 1_000_000_000
 _DEFAULT_PREFETCH = 50_000_000
+_AVERAGES = 3  # of the student: old policy, evaluated weights, initial weights; every objective keeps them
+REAL_SCORE_WIDTH = 4  # bytes of a weight of objective dmd's real score: `load_student` gives float32
 
 
 @dataclass(frozen=True)
@@ -70,33 +82,79 @@ def engine_settings(ds_config: dict[str, Any], batch: tuple[int, int, int]) -> E
 
 
 @dataclass(frozen=True)
+class Learner:
+    """A velocity model with an engine of its own: the student, or objective dmd's critic.
+
+    Attributes:
+        shape: the model's.
+        engine: its.
+        lora: adapters; rank 0 is none.
+        frozen_adapters: copies of them that are never trained, beside them in every block.
+        is_checkpointed: gradient checkpointing.
+        copies_keys: see `PassShape`.
+        teacher_forcing: it is trained on [clean | noisy]; else on noised clips alone.
+        averages: float32 copies of what is trained.
+    """
+
+    shape: StudentShape
+    engine: EngineSettings
+    lora: LoRASection
+    frozen_adapters: int = 0
+    is_checkpointed: bool = False
+    copies_keys: bool = True
+    teacher_forcing: bool = False
+    averages: int = 0
+
+    @property
+    def parameters(self) -> ParameterCount:
+        """Without the frozen adapters."""
+        return count_student(self.shape, self.lora)
+
+    @property
+    def weights(self) -> int:
+        """All parameters."""
+        return self.parameters.total + self.frozen_adapters * self.parameters.num_layers * self.parameters.adapter
+
+    @property
+    def tensors(self) -> StudentTensors:
+        """Its parameters one by one, without the frozen adapters."""
+        return student_tensors(self.shape, self.lora)
+
+    @property
+    def num_tensors(self) -> int:
+        """Parameters, each gathered alone where all are made whole at once."""
+        tensors = self.tensors
+        block = len(tensors.block) + len(tensors.adapter) * (1 + self.frozen_adapters)
+        return len(tensors.before) + len(tensors.after) + self.shape.num_layers * block
+
+
+@dataclass(frozen=True)
 class Workload:
     """A run as the planner sees it.
 
     Attributes:
-        shape, discriminator_shape, latents: of the models and of a clip (C, F, H, W).
+        passes: what a step does.
+        learner: the student.
+        critic: objective dmd's; its real score has the same shape. None for the other objectives.
+        discriminator_shape, latents: of the discriminator and of a clip (C, F, H, W).
         backbone: of a discriminator on the student's frozen backbone; None for the one of discriminator_shape.
         vlm: of a VLM discriminator; None for the others.
         fps: video frames per second, frames: video frames of a clip.
         num_gpus: ranks.
         group_size: rollouts G per prompt.
         rollout_batch: rollouts generated together.
-        num_times: denoising passes of the first and of every other chunk.
-        lora: adapters of the student; rank 0 is none.
         merges_adapters: rollouts run with the adapters merged into the base.
-        is_checkpointed: gradient checkpointing.
-        has_old_pass, has_prior_pass: whether v_old and v_ref need a forward of their own.
         gathers_once: `nft.velocities = one_gather`.
-        updates_per_rollout, discriminator_steps: optimizer steps of either model per step.
         clips_per_pair: clips D sees per pair: teacher's and student's, a third with the smoothness penalty.
         windows: what D scores of a clip: (windows, latent frames of each).
-        copies_keys: see `PassShape`.
         kernels: `fused` on CUDA, `eager` on CPU.
-        student, discriminator: engines; None for a discriminator that is not built.
+        discriminator: its engine; None for a discriminator that is not built.
         uses_vae: a Wan VAE decodes samples.
     """
 
-    shape: StudentShape
+    passes: StepPasses
+    learner: Learner
+    critic: Learner | None
     discriminator_shape: DiscriminatorShape
     backbone: BackboneSection | None
     vlm: VLMPlan | None
@@ -105,38 +163,43 @@ class Workload:
     num_gpus: int
     group_size: int
     rollout_batch: int
-    num_times: tuple[int, int]
-    lora: LoRASection
     merges_adapters: bool
-    is_checkpointed: bool
-    has_old_pass: bool
-    has_prior_pass: bool
     gathers_once: bool
-    updates_per_rollout: int
-    discriminator_steps: int
     clips_per_pair: int
     windows: tuple[int, int]
-    copies_keys: bool
     kernels: Kernels
-    student: EngineSettings
     discriminator: EngineSettings | None
     uses_vae: bool
 
     @property
+    def longest(self) -> Workload:
+        """The same with a step that does everything: see `afd.planning.passes`."""
+        return replace(self, passes=self.passes.longest)
+
+    @property
+    def shape(self) -> StudentShape:
+        """The student's."""
+        return self.learner.shape
+
+    @property
+    def student(self) -> EngineSettings:
+        """The student's engine."""
+        return self.learner.engine
+
+    @property
+    def lora(self) -> LoRASection:
+        """The student's adapters."""
+        return self.learner.lora
+
+    @property
     def parameters(self) -> ParameterCount:
         """The student's."""
-        return count_student(self.shape, self.lora)
+        return self.learner.parameters
 
     @property
     def lagging_beside(self) -> int:
         """Roles that go through each block beside v: with adapters and one gather, else none."""
-        return (self.has_old_pass + self.has_prior_pass) * (self.gathers_once and self.lora.rank > 0)
-
-    @property
-    def weights(self) -> int:
-        """The student's parameters, the old policy's frozen adapter beside the trained one included."""
-        twin = self.parameters.trained if self.lagging_beside and self.has_old_pass else 0
-        return self.parameters.total + twin
+        return self.passes.lagging * (self.gathers_once and self.lora.rank > 0)
 
     @property
     def discriminator_parameters(self) -> ParameterCount:
@@ -148,6 +211,14 @@ class Workload:
         if self.backbone is not None:
             return count_backbone(self.shape, self.backbone)
         return count_discriminator(self.discriminator_shape)
+
+    @property
+    def discriminator_tensors(self) -> tuple[list[int], list[int]]:
+        """Elements of a latent or backbone discriminator's parameter tensors: frozen, trained."""
+        if self.backbone is not None:
+            return backbone_tensors(self.shape, self.backbone)
+        block, outside = discriminator_tensors(self.discriminator_shape)
+        return [], block * self.discriminator_shape.num_layers + outside
 
     @property
     def window_latents(self) -> tuple[int, int, int, int]:
@@ -165,19 +236,27 @@ class Workload:
         """N over all ranks."""
         return self.rollouts_per_gpu * self.num_gpus
 
-    @property
-    def update_pass(self) -> PassShape:
-        """One micro batch of the student's update."""
+    def training_pass(self, learner: Learner) -> PassShape:
+        """One micro batch of a learner's update."""
         return PassShape(
-            shape=self.shape,
+            shape=learner.shape,
             latents=self.latents,
-            batch=self.student.micro,
-            width=self.student.width,
+            batch=learner.engine.micro,
+            width=learner.engine.width,
             kernels=self.kernels,
-            copies_keys=self.copies_keys,
-            is_adapted=self.lora.rank > 0,
-            lora_rank=self.lora.rank,
+            copies_keys=learner.copies_keys,
+            is_adapted=learner.lora.rank > 0,
+            lora_rank=learner.lora.rank,
+            teacher_forcing=learner.teacher_forcing,
         )
+
+    @property
+    def score_passes(self) -> list[PassShape]:
+        """Forwards without gradient of the critic and of the real score over a micro batch of the student's update."""
+        if self.critic is None:
+            return []
+        one = replace(self.training_pass(self.critic), batch=self.student.micro)
+        return [one, replace(one, width=REAL_SCORE_WIDTH)]
 
 
 def build_workload(
@@ -188,37 +267,57 @@ def build_workload(
     num_gpus: int,
     engines: tuple[EngineSettings, EngineSettings | None],
     kernels: Kernels,
+    critic: tuple[StudentShape, EngineSettings] | None = None,
 ) -> Workload:
     """Put a configuration, the student's shape and both engines (student, discriminator) together.
 
+    Args:
+        config: the run's.
+        shape: the student's.
+        latents: (C, F, H, W) of a clip.
+        num_gpus: ranks.
+        engines: the student's and the discriminator's.
+        kernels: `fused` on CUDA, `eager` on CPU.
+        critic: shape and engine of objective dmd's; not read for the others.
     Raises:
         ConfigError: a VLM discriminator's files are not there or do not fit.
     """
-    impl = config.student.attention_impl or shape.attention_impl or "chunks"
+    lora, section = config.student.lora, config.discriminator
+    # Of the old policy: what `afd.train.builders` adds, whatever the objective.
+    has_twin = lora.rank > 0 and config.nft.velocities == "one_gather" and config.rollout.policy == "ema"
+    assert config.objective != "dmd" or critic is not None
     return Workload(
-        shape=shape,
-        discriminator_shape=config.discriminator.shape,
-        backbone=config.discriminator.backbone if config.discriminator.kind == "backbone" else None,
+        passes=step_passes(config),
+        learner=Learner(
+            shape,
+            engines[0],
+            lora,
+            frozen_adapters=int(has_twin),
+            is_checkpointed=config.student.gradient_checkpointing,
+            copies_keys=_copies_keys(config.student.attention_impl or shape.attention_impl),
+            teacher_forcing=True,
+            averages=_AVERAGES,
+        ),
+        critic=Learner(critic[0], critic[1], LoRASection(), copies_keys=_copies_keys(critic[0].attention_impl))
+        if critic is not None and config.objective == "dmd"
+        else None,
+        discriminator_shape=section.shape,
+        backbone=section.backbone if section.kind == "backbone" else None,
         vlm=plan_discriminator_vlm(config) if config.has_discriminator else None,
         latents=latents,
         fps=config.video.fps,
         num_gpus=num_gpus,
         group_size=config.rollout.group_size,
         rollout_batch=config.rollout.batch_size or engines[0].micro,
-        num_times=(len(config.rollout.first_chunk_steps or config.rollout.steps), len(config.rollout.steps)),
-        lora=config.student.lora,
-        merges_adapters=config.rollout.merge_adapters and config.student.lora.rank > 0,
-        is_checkpointed=config.student.gradient_checkpointing,
-        has_old_pass=config.rollout.policy == "ema",
-        has_prior_pass=config.nft.prior_weight > 0,
+        merges_adapters=config.rollout.merge_adapters and lora.rank > 0,
         gathers_once=config.nft.velocities == "one_gather",
-        updates_per_rollout=config.nft.updates_per_rollout,
-        discriminator_steps=config.discriminator.steps_per_student_step,
-        clips_per_pair=3 if config.discriminator.r1_weight > 0 else 2,
-        windows=(config.discriminator.num_clips, config.discriminator.clip_frames or latents[1]),
-        copies_keys=impl.partition(":")[0] in ("chunks", "varlen"),
+        clips_per_pair=3 if section.r1_weight > 0 else 2,
+        windows=(section.num_clips, section.clip_frames or latents[1]),
         kernels=kernels,
-        student=engines[0],
         discriminator=engines[1],
         uses_vae=config.encoders.codec == "wan_vae",
     )
+
+
+def _copies_keys(impl: str | None) -> bool:
+    return (impl or "chunks").partition(":")[0] in ("chunks", "varlen")

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from afd.config import RunConfig
 from afd.planning.refusals import batch_arithmetic
 
-__all__ = ["KNOWN_KEYS", "DSConfig", "batch_arithmetic", "check_ds_config", "load_ds_config"]
+__all__ = ["KNOWN_KEYS", "DSConfig", "batch_arithmetic", "check_ds_config", "load_critic_config", "load_ds_config"]
 
 DSConfig = dict[str, Any]
 
@@ -95,6 +96,15 @@ def load_ds_config(path: str | Path) -> DSConfig:
     except ValueError as error:
         raise ValueError(f"DeepSpeed config {file}: {error}") from None
     return config
+
+
+def load_critic_config(config: RunConfig) -> tuple[DSConfig, ...]:
+    """The JSON of the critic's engine, for objective dmd; else nothing.
+
+    Raises:
+        ValueError: see `load_ds_config`.
+    """
+    return (load_ds_config(config.dmd.ds_config),) if config.objective == "dmd" else ()
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,11 +20,14 @@ from afd.models.vlm_builder import plan_vlm
 from afd.models.weights import open_student, read_student_shape
 from afd.planning.hardware import ASSUMED
 from afd.planning.memory import Memory, describe_memory, plan_memory
+from afd.planning.passes import StepPasses
+from afd.planning.plan import critic_shape
 from afd.planning.refusals import check_divides, check_fits
+from afd.planning.report import step_line
 from afd.planning.workload import build_workload, engine_settings
 from afd.preparation import shard_places
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
-from afd.train.ds_config import DSConfig, batch_arithmetic, load_ds_config
+from afd.train.ds_config import DSConfig, load_critic_config
 from afd.train.learning_rate import check_lr_owner
 
 _DISK_RESERVE_BYTES = 256 * 2**20
@@ -42,8 +45,10 @@ class RunPlan:
         world_size: ranks.
         rollouts: N per step over all ranks.
         prompts_per_rank: B on one rank.
-        student_batch, discriminator_batch: (global, micro, accumulation); None for a discriminator that is not built.
+        student_batch, discriminator_batch, critic_batch: (global, micro, accumulation); None for an engine that is
+            not built.
         times: the sampler's grids.
+        passes: what a step does.
         memory: planned, per rank.
     """
 
@@ -56,7 +61,9 @@ class RunPlan:
     prompts_per_rank: int
     student_batch: tuple[int, int, int]
     discriminator_batch: tuple[int, int, int] | None
+    critic_batch: tuple[int, int, int] | None
     times: SamplerTimes
+    passes: StepPasses
     memory: Memory
 
 
@@ -75,18 +82,19 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
         raise ConfigError(str(error)) from error
     shape = student.shape
     _check_shapes(config, shape, latents)
-    student_batch, discriminator_batch = check_divides(
+    ds_configs = (ds_student, ds_discriminator, *load_critic_config(config))
+    student_batch, discriminator_batch, critic_batch = check_divides(
         config,
         shape,
         latents,
-        (ds_student, ds_discriminator),
+        ds_configs,
         num_gpus=world_size,
         gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
     )
     _check_prompts(config, student_batch[0])
     _check_zero(ds_student)
     check_lr_owner(config, ds_student, ds_discriminator)
-    _check_objective(config, shape, student_batch, world_size)
+    _check_objective(config, shape)
     if config.nft.baseline == "group" and config.rollout.group_size == 1:
         raise ConfigError(
             "rollout.group_size must be > 1 with nft.baseline = group (or take nft.baseline=batch), got 1"
@@ -105,21 +113,23 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
             engine_settings(ds_discriminator, discriminator_batch) if discriminator_batch else None,
         ),
         kernels="fused" if torch.cuda.is_available() else "eager",
+        critic=(critic_shape(config, shape), engine_settings(ds_configs[2], critic_batch)) if critic_batch else None,
     )
     memory = plan_memory(workload)
     check_fits(memory, *local_memory(world_size))
-    rollouts = student_batch[0]
     return RunPlan(
         student_path=path,
         shape=student.shape,
         num_parameters=student.num_parameters,
         latents=latents,
         world_size=world_size,
-        rollouts=rollouts,
-        prompts_per_rank=rollouts // config.rollout.group_size // world_size,
+        rollouts=student_batch[0],
+        prompts_per_rank=student_batch[0] // config.rollout.group_size // world_size,
         student_batch=student_batch,
         discriminator_batch=discriminator_batch,
+        critic_batch=critic_batch,
         times=times,
+        passes=workload.passes,
         memory=memory,
     )
 
@@ -179,9 +189,7 @@ def local_memory(world_size: int) -> tuple[int, str]:
     return total // ranks, f"this machine's memory over {ranks} ranks"
 
 
-def _check_objective(
-    config: RunConfig, shape: StudentShape, student_batch: tuple[int, int, int], world_size: int
-) -> None:
+def _check_objective(config: RunConfig, shape: StudentShape) -> None:
     """What the baselines need beyond AFD's inputs, and a VLM discriminator beyond latents."""
     if config.has_discriminator and config.discriminator.kind == "vlm":
         if config.objective == "gan":
@@ -205,17 +213,12 @@ def _check_objective(
         raise ConfigError(f"dmd.real_score must be a student file trained on the teacher's videos, got {path}")
     try:
         real = read_student_shape(path)
-        critic_batch = batch_arithmetic(load_ds_config(config.dmd.ds_config), world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if (real.in_channels, real.text_dim) != (shape.in_channels, shape.text_dim):
         raise ConfigError(
             f"dmd.real_score must have in_channels {shape.in_channels} and text_dim {shape.text_dim} like the student, "
             f"got {real.in_channels} and {real.text_dim}"
-        )
-    if critic_batch[0] != student_batch[0]:
-        raise ConfigError(
-            f"train_batch_size of dmd.ds_config must be {student_batch[0]} like the student's, got {critic_batch[0]}"
         )
 
 
@@ -248,21 +251,16 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
     n, chunks = plan.rollouts // plan.world_size, len(chunk_spans(shape, f))
     tokens = f * (h // shape.patch_size[1]) * (w // shape.patch_size[2])
     stage = ds_student.get("zero_optimization", {}).get("stage", 0)
-    discriminator, scores = [], []
-    if plan.discriminator_batch is not None:
-        micro = "discriminator: micro {1} x accumulation {2} x ranks {3} = {0}"
-        discriminator = [micro.format(*plan.discriminator_batch, plan.world_size)]
-        scores = [
-            f"scores D(x, y)           [{n}]   gathered over ranks: [{plan.rollouts}]",
-            f"weights w                [{n}] in [0, 1]",
-        ]
+    passes, others = plan.passes, {"discriminator": plan.discriminator_batch, "critic": plan.critic_batch}
+    micro = "{0} micro {2} x accumulation {3} x ranks {4} = {1}"
     lines = ["# resolved configuration", dump_config(config).rstrip(), ""]
     lines += [
         "# batch arithmetic",
         f"ranks {plan.world_size}; rollouts per step N = {plan.rollouts} = {plan.rollouts // g} prompts x G {g}",
         f"per rank: {plan.prompts_per_rank} prompts, {n} rollouts",
-        "student:       micro {1} x accumulation {2} x ranks {3} = {0}".format(*plan.student_batch, plan.world_size),
-        *discriminator,
+        micro.format("student:      ", *plan.student_batch, plan.world_size),
+        *(micro.format(f"{name}:".ljust(14), *batch, plan.world_size) for name, batch in others.items() if batch),
+        step_line(passes),
         "",
         f"# memory per rank (estimate; ZeRO stage {stage}, {plan.num_parameters:,} student parameters)",
         *describe_memory(plan.memory),
@@ -270,11 +268,23 @@ def describe_plan(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> str
         "# shapes of one step, per rank",
         f"teacher latents x^T      [{n // g}, {c}, {f}, {h}, {w}]",
         f"prompt embeddings        [{n // g}, {shape.text_len}, {shape.text_dim}]",
-        f"rollouts x^S             [{n}, {c}, {f}, {h}, {w}]   {chunks} chunks of {shape.chunk_frames} frames, times "
-        + plan.times.describe(),
-        *scores,
-        f"noised states x_t, v*    [{n}, {c}, {f}, {h}, {w}]   t [{n}, {f}]",
-        f"student tokens           [{plan.student_batch[1]}, {2 * tokens}, {shape.dim}]   layout [clean | noisy]",
-        f"velocities v, v_old{', v_ref' if config.nft.prior_weight else ''}  [{n}, {c}, {f}, {h}, {w}]",
     ]
-    return "\n".join(lines)
+    clips = f"[{n}, {c}, {f}, {h}, {w}]"
+    if passes.num_times:
+        lines += [
+            f"rollouts x^S             {clips}   {chunks} chunks of {shape.chunk_frames} frames, times "
+            + plan.times.describe()
+        ]
+    if passes.judges:
+        lines += [
+            f"scores D(x, y)           [{n}]   gathered over ranks: [{plan.rollouts}]",
+            f"weights w                [{n}] in [0, 1]",
+        ]
+    if passes.guide is None:
+        lines += [f"noised states x_t, v*    {clips}   t [{n}, {f}]"]
+    lines += [f"student tokens           [{plan.student_batch[1]}, {2 * tokens}, {shape.dim}]   layout [clean | noisy]"]
+    if passes.guide is not None:
+        what = "the discriminator" if passes.guide == "discriminator" else "critic and real score"
+        return "\n".join([*lines, f"x0, slope                {clips}   by {what}"])
+    roles = ", v_old" * passes.has_old_pass + ", v_ref" * passes.has_prior_pass
+    return "\n".join([*lines, f"velocities v{roles}  {clips}"])

@@ -1,4 +1,4 @@
-"""One rank of test_measured.py: real AFD steps on real engines, their memory and their collectives by phase."""
+"""One rank of test_measured.py: real steps on real engines, their memory and their collectives by phase."""
 
 import argparse
 import gc
@@ -18,10 +18,14 @@ from afd.distributed import close_world, init_world, seeded_generator
 from afd.models.student import CausalStudent
 from afd.models.weights import save_student
 from afd.train.builders import build_roles
+from afd.train.dmd_objective import dmd_step
+from afd.train.gan_objective import gan_step
 from afd.train.objectives import StepTimer, afd_step
 from afd.train.preflight import plan_run
+from afd.train.sft_objective import sft_step
 from afd.types import VideoBatch
 
+STEPS = {"afd": afd_step, "sft": sft_step, "gan": gan_step, "dmd": dmd_step}
 ROOT = Path(__file__).parents[3]
 BENCHMARKS = ROOT / "benchmarks"
 ALLOCATIONS: Any = runpy.run_path(str(BENCHMARKS / "allocations.py"))  # no package
@@ -63,25 +67,31 @@ def measure(index: int, case: dict[str, Any]) -> dict[str, Any]:
     shape = StudentShape(**case["shape"])
     path = options.result.parent / f"student_{index}_{world.rank}.safetensors"
     save_student(CausalStudent(shape), path, dtype=torch.float32, note={})
+    critic = options.result.parent / f"critic_{index}_{world.rank}.json"
+    critic.write_text(json.dumps(case["ds_critic"]))
     fixed = [f"student.init_from={path}", f"output_dir={options.result.parent / 'run'}"]
+    fixed += [f"dmd.real_score={path}", f"dmd.ds_config={critic}"]
     config = load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *case["overrides"]])
     ds_student, ds_discriminator = case["ds_student"], case["ds_discriminator"]
+    one_step = STEPS[config.objective]
     gc.collect()
     with ALLOCATIONS["counting"]():
         before = ALLOCATIONS["allocated"]()
         plan = plan_run(config, ds_student, ds_discriminator, world_size=world.size)
         roles = build_roles(config, plan, ds_student, ds_discriminator, world=world)
         batch = batch_of(plan.prompts_per_rank, plan.latents, shape)
-        afd_step(roles, batch, config, 0, world=world, timer=Phases())
+        one_step(roles, batch, config, 0, world=world, timer=Phases())
         gc.collect()
         with ALLOCATIONS["profiler"]() as profiler:
-            afd_step(roles, batch, config, 1, world=world, timer=Phases())
+            one_step(roles, batch, config, 1, world=world, timer=Phases())
             gc.collect()
     peaks = {phase: size - before for phase, size in ALLOCATIONS["peaks"](profiler).items()}
     with Collectives() as collectives:
-        afd_step(roles, batch, config, 2, world=world, timer=Phases(collectives))
+        timer = Phases(collectives)
+        one_step(roles, batch, config, 2, world=world, timer=timer)
     KEPT.append(roles)  # engines are never freed here: their memory would be missing from the next case's balance
-    moved = {phase: collectives.bulk(phase) for phase in ("rollout", "discriminator", "update")}
+    phases = [name.removeprefix("time/").removesuffix("_s") for name in timer.seconds]
+    moved = {phase: collectives.bulk(phase) for phase in phases if phase != "score"}  # a handful of scores
     return {"peaks": peaks, "collectives": moved}
 
 

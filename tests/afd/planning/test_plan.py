@@ -30,7 +30,7 @@ def plan_of(
 ) -> Any:
     run = load_config(config, overrides)
     student = load_ds_config(CONFIGS / ds) | (changes or {})
-    pair = (student, load_ds_config(CONFIGS / "zero2_discriminator_h100.json"))
+    pair = (student, load_ds_config(CONFIGS / "zero2_discriminator_h100.json"), load_ds_config(CONFIGS / ds))
     machine = Machine(GPUS["h100-80g"], INTERCONNECTS["ib-400"], gpus)
     shape = planned_shape(run)
     return make_plan(run, shape, pair, machine), lambda: remedies(run, shape, pair, machine)
@@ -99,6 +99,58 @@ def test_hpz_keeps_gathers_inside_a_node_and_pays_on_a_slow_network() -> None:
     without = make_plan(run, shape, (student | {"zero_optimization": zero}, discriminator), machine)
     assert with_hpz.step.phases["update"].network_s < 0.5 * without.step.phases["update"].network_s
     assert with_hpz.memory.held["second copy of the weights (hpZ)"] > 3 * 2**30
+
+
+PHASES = {
+    "afd": ["rollout", "discriminator", "update"],
+    "sft": ["update"],
+    "gan": ["rollout", "discriminator", "update"],
+    "dmd": ["rollout", "critic", "update"],
+}
+DMD = "dmd.ds_config=configs/zero3_h100.json"
+
+
+@pytest.mark.parametrize("objective", PHASES)
+def test_every_objective_is_planned_by_its_own_phases(objective: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--config", str(WAN), f"objective={objective}", DMD, "video.num_frames=9"]
+    assert main([*command, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["objective"] == objective
+    assert list(data["phases"]) == list(data["collectives"]) == PHASES[objective]
+    held, parameters = data["memory"]["held"], data["parameters"]
+    assert bool(held["discriminator (weights, optimizer)"]) == bool(parameters["discriminator"])
+    assert ("discriminator" in PHASES[objective]) == bool(parameters["discriminator"])
+    assert held.get("real score (whole)", 0) == 4 * parameters.get("real_score", 0)
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert [name for name in ("rollout", "discriminator", "critic", "update") if f"\n| {name} | " in text] == (
+        PHASES[objective]
+    )
+    assert f"objective {objective}" in text
+    assert ("noised teacher clips a step" in text) == (objective == "sft")
+    assert ("each as likely" in text) == (objective in ("gan", "dmd"))
+
+
+def test_a_mean_step_of_dmd_holds_its_share_of_an_update_and_the_peak_all_of_it() -> None:
+    every, fifth = (plan_of(WAN, "objective=dmd", f"dmd.critic_steps={steps}")[0] for steps in (1, 5))
+    assert fifth.step.phases["update"].seconds == pytest.approx(every.step.phases["update"].seconds / 5, rel=1e-6)
+    assert fifth.step.phases["update"].flops == pytest.approx(every.step.phases["update"].flops / 5)
+    assert fifth.step.phases["critic"] == every.step.phases["critic"]
+    assert fifth.memory == every.memory
+    assert fifth.memory.phases["update"]["gathered critic"] == 2 * fifth.workload.critic.parameters.total
+
+
+def test_a_mean_rollout_takes_the_mean_of_the_truncated_ones() -> None:
+    steps = ["[1000]", "[1000, 500]", "[1000, 750, 500]"]
+    mean = plan_of(WAN, "objective=gan", f"rollout.steps={steps[-1]}")[0]
+    whole = [plan_of(WAN, f"rollout.steps={each}")[0].step.phases["rollout"].flops for each in steps]
+    assert mean.step.phases["rollout"].flops == pytest.approx(sum(whole) / 3)
+    one = plan_of(WAN, "objective=gan", "rollout.steps=[1000]")[0]
+    assert mean.memory.phases["rollout"]["rollouts and noise"] > one.memory.phases["rollout"]["rollouts and noise"]
+    # A forward without gradient more on average: two of three, one of two, none.
+    passes = mean.step.phases["update"].model_flops - one.step.phases["update"].model_flops
+    supervised = plan_of(WAN, "objective=sft")[0].step.phases["update"].model_flops
+    assert passes == pytest.approx(supervised / 3, rel=0.12), "a forward is a third of a training pass"
 
 
 def test_json_says_what_the_table_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,10 @@ CASES = {
     "groups over ranks": Case(
         "train_batch_size 32 must be a multiple of rollout.group_size 5 x 2 ranks", ("rollout.group_size=5",)
     ),
+    "critic's batch": Case(
+        "train_batch_size of dmd.ds_config must be 32 like the student's, got 64",
+        ("objective=dmd", "dmd.ds_config=configs/zero3_h100.json"),
+    ),
     "heads over ranks": Case(
         "sequence_parallel_size must divide the student's 4 heads, got 3", ds={"sequence_parallel_size": 3}
     ),

@@ -1,6 +1,7 @@
 """What is refused before a process group exists, and what `--dry_run` says."""
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -256,8 +257,35 @@ def test_the_description_says_the_arithmetic_and_the_shapes(plan: Plan, tmp_path
     without_discriminator = describe_plan(supervised, plan("objective=sft"), DS_STUDENT)
     assert "discriminator: micro" not in without_discriminator
     assert "scores D" not in without_discriminator
-    without_prior = describe_plan(make_config(tmp_path, "nft.prior_weight=0"), resolved, DS_STUDENT)
-    assert "v_ref  [" not in without_prior
+    without_prior = describe_plan(make_config(tmp_path), plan("nft.prior_weight=0"), DS_STUDENT)
+    assert "velocities v, v_old  [" in without_prior
+
+
+def test_the_description_is_the_objectives_own(plan: Plan, tmp_path: Path) -> None:
+    score = [f"dmd.real_score={tmp_path / 'student.safetensors'}", f"dmd.ds_config={tmp_path / 'critic.json'}"]
+    optimizer = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    (tmp_path / "critic.json").write_text(json.dumps(DS_STUDENT | optimizer))
+    texts = {
+        name: describe_plan(make_config(tmp_path), plan(f"objective={name}", *score), DS_STUDENT)
+        for name in ("sft", "gan", "dmd")
+    }
+    lines = {
+        "rollouts x^S": {"gan", "dmd"},
+        "scores D": set(),
+        "weights w ": set(),
+        "noised states x_t, v*": {"sft"},
+        "velocities v  [": {"sft"},
+        "discriminator: micro 8": {"gan"},
+        "critic:        micro 4 x accumulation 2 x ranks 2 = 16": {"dmd"},
+        "critic, on top:": {"dmd"},
+        "slope, on top:": {"gan", "dmd"},
+        "by the discriminator": {"gan"},
+        "by critic and real score": {"dmd"},
+        "the student moves every 5 steps": {"dmd"},
+        "velocities, on top:": set(),
+    }
+    for line, owners in lines.items():
+        assert {name for name, text in texts.items() if line in text} == owners, line
 
 
 @pytest.mark.parametrize(
