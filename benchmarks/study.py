@@ -13,7 +13,6 @@ Each row is one real run of `launch/train.py` and one measurement on the held-ou
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import queue
 import signal
@@ -21,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,12 @@ from study_runs import (  # noqa: E402
     as_cells,
     commit_name,
     describe_device,
+    look,
     measure,
     resolve,
     train,
 )
-from study_scores import METRICS, TOTALS, looks, preference  # noqa: E402
+from study_scores import METRICS, TOTALS, preference  # noqa: E402
 from study_tables import append_rows, read_rows, write_tables  # noqa: E402
 from study_time import Clock  # noqa: E402
 
@@ -58,7 +59,7 @@ def main() -> int:
     torch.set_num_threads(1)
     preset = PRESETS[arguments.preset]
     if arguments.searched:
-        preset = dataclasses.replace(preset, searched=arguments.searched)
+        preset = replace(preset, searched=arguments.searched)
     study = Study(preset, arguments.out.resolve())
     rows = [
         row for row in build_rows(preset, arguments.only, arguments.families) if fnmatchcase(row.id, arguments.match)
@@ -137,7 +138,8 @@ class Runner:
         self._commit = commit_name()
 
     def search(self, rows: list[Row]) -> None:
-        """Try every learning rate, look at every share of the steps, and choose for each family and method."""
+        """Try every learning rate, look at every share of the steps and every average, and choose for each family and
+        method."""
         path = self.study.out / "search.csv"
         self._work(rows, path, self._search_row, label="search")
         pace = {"dmd": 2}
@@ -150,10 +152,11 @@ class Runner:
             score = float(record["preference"])
             if key not in best or score > best[key][0]:
                 updates = int(record["step"]) // pace.get(record["method"], 1)
-                best[key] = (score, Choice(float(record["learning_rate"]), updates))
+                best[key] = (score, Choice(float(record["learning_rate"]), updates, record["average"]))
         self.study.choices = {key: choice for key, (_, choice) in best.items()}
         for (family, method), choice in sorted(self.study.choices.items()):
-            print(f"chosen for {family} {method}: learning rate {choice.learning_rate:g}, {choice.updates} updates")
+            what = f"learning rate {choice.learning_rate:g}, {choice.updates} updates, average {choice.average}"
+            print(f"chosen for {family} {method}: {what}")
 
     def run(self, rows: list[Row]) -> None:
         """All rows, table by table, because later ones may go on from earlier ones."""
@@ -211,10 +214,10 @@ class Runner:
         self.clock.note(row, plan.choice.updates, seconds)
         records = [
             {
-                **_identity(row, plan), "learning_rate": plan.choice.learning_rate, "step": step,
+                **_identity(row, plan), "learning_rate": plan.choice.learning_rate, "step": step, "average": average,
                 "preference": f"{preference(result):.6g}", **as_cells(result, TOTALS),
             }
-            for step, result in looks(folder, plan.num_steps).items()
+            for step, average, result in look(self.study, row, plan, folder, gpu=gpu)
         ]  # fmt: skip
         append_rows(path, records)
 
@@ -224,9 +227,7 @@ class Runner:
         values = measure(self.study, row, plan, folder, gpu=gpu)
         if plan.choice is not None:
             self.clock.note(row, plan.choice.updates, seconds)
-        trained = {"learning_rate": "", "updates": 0} if plan.choice is None else {
-            "learning_rate": plan.choice.learning_rate, "updates": plan.choice.updates,
-        }  # fmt: skip
+        trained = {"learning_rate": "", "updates": 0, "average": ""} if plan.choice is None else asdict(plan.choice)
         record: dict[str, Any] = {
             **_identity(row, plan), **trained, "train_s": round(seconds, 1),
             "total_s": round(time.perf_counter() - started, 1), "commit": self._commit, "device": describe_device(gpu),

@@ -1,4 +1,4 @@
-"""Everything the study measures of one student on the held-out prompts of a world, in one look."""
+"""Everything the study measures of one student on one set of prompts of a world, in one look."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one student, or the teacher, does on the held-out prompts.
+    """What one student, or the teacher, does on a set of prompts.
 
     Attributes:
         values: means by metric; undefined ones are missing.
@@ -49,10 +49,10 @@ class Measurement:
         np.savez_compressed(path, clips=self.clips, prompts=np.array(self.prompts))
 
 
-def _evaluator(config: RunConfig, heldout: Path, device: str) -> HeldoutEvaluator:
+def _evaluator(config: RunConfig, shards: Path, device: str) -> HeldoutEvaluator:
     torch.set_num_threads(1)
     place = torch.device(device)
-    batch = to_batch(read_all(heldout)).to(place)
+    batch = to_batch(read_all(shards)).to(place)
     return HeldoutEvaluator(batch, load_codec(config.encoders, device=place), config, World(0, 0, 1, place))
 
 
@@ -66,30 +66,31 @@ def _measured(videos: np.ndarray, prompts: list[str], config: RunConfig) -> dict
     return {name: each["mean"] for name, each in summarise(rows).items() if each["mean"] == each["mean"]}
 
 
-def measure_teacher(config: RunConfig, heldout: Path, *, device: str) -> Measurement:
-    """The teacher's own held-out videos through the student's codec."""
-    evaluator = _evaluator(config, heldout, device)
+def measure_teacher(config: RunConfig, shards: Path, *, device: str) -> Measurement:
+    """The teacher's own videos of a set of prompts, through the student's codec."""
+    evaluator = _evaluator(config, shards, device)
     videos = evaluator.decode(evaluator.batch.latents)
     prompts = list(evaluator.batch.prompts)
     return Measurement(_measured(videos, prompts, config), video_features(videos), *_shown(videos, prompts))
 
 
 def measure_student(
-    student: CausalStudent, config: RunConfig, heldout: Path, teacher: Measurement, *, seeds: int, long_prompts: int,
+    student: CausalStudent, config: RunConfig, shards: Path, teacher: Measurement, *, seeds: int, long_prompts: int,
     device: str,
 ) -> Measurement:  # fmt: skip
-    """A student on the held-out prompts: every model sees the same noise.
+    """A student on a set of prompts: every model sees the same noise.
 
     Args:
         student: whole weights.
         config: its sampler, video format and world.
-        heldout: shards of the held-out prompts with the teacher's videos.
+        shards: of the prompts, with the teacher's videos.
         teacher: of the same world, for the Frechet distance.
         seeds: clips per prompt.
-        long_prompts: prompts of which a clip of three times the length is made as well; its metrics are `long/...`.
+        long_prompts: prompts of which a clip of three times the length is made as well; its metrics are `long/...`;
+            may be 0.
         device: where the student samples.
     """
-    evaluator = _evaluator(config, heldout, device)
+    evaluator = _evaluator(config, shards, device)
     student = student.to(torch.device(device)).eval()
     batch = evaluator.batch
     rows = [(row, seed) for seed in range(seeds) for row in range(len(batch.prompts))]
@@ -98,8 +99,9 @@ def measure_student(
     values, features = _measured(videos, prompts, config), video_features(videos)
     values["frechet"] = frechet_of_features(features, teacher.features)
     few = min(long_prompts, len(batch.prompts))
-    longer = _measured(_long_videos(student, evaluator, few), list(batch.prompts[:few]), config)
-    values |= {f"long/{name}": longer[name] for name in LONG if name in longer}
+    if few:
+        longer = _measured(_long_videos(student, evaluator, few), list(batch.prompts[:few]), config)
+        values |= {f"long/{name}": longer[name] for name in LONG if name in longer}
     return Measurement(values, features, *_shown(videos, prompts))
 
 

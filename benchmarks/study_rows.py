@@ -6,6 +6,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+AVERAGES = ("ema", "old")
+"""Averages of the student's weights that the search looks at: of the last 100 updates, and of the last 10. The slow one
+is smooth and lags: what a student learned in its last 100 updates it does not show."""
+
 FAMILIES = {"chunk_wise": "configs/quickstart.yaml", "frame_wise": "configs/frame_wise.yaml"}
 """A Self-Forcing-like student, three frames at a time, and a Causal-Forcing-like one, frame by frame with more steps
 for the first frame."""
@@ -125,7 +129,7 @@ class Preset:
         steps: student updates of every method at most; the search may choose fewer.
         warmup_steps: of the discriminator.
         learning_rates: of the student, tried for each method and family in `searched`.
-        step_shares: of `steps`, at which the search looks.
+        step_shares: of `steps`, at which the search looks: equally spaced, the last is 1.
         searched: families with a search of their own; the others take the first one's result.
         search_prompts, validation_prompts: training prompts that the search trains on, and judges by.
         heldout_prompts, seeds_per_prompt: clips of the one final measurement; `long_prompts` of three times the length.
@@ -168,7 +172,7 @@ _EVERY_REGIME = tuple(
 PRESETS = {
     "paper": Preset(
         name="paper", rollouts=32, group_size=8, steps=240, warmup_steps=160,
-        learning_rates=(6e-5, 2e-4, 6e-4), step_shares=(1 / 3, 2 / 3, 1.0), searched=("chunk_wise", "frame_wise"),
+        learning_rates=(6e-5, 2e-4, 6e-4), step_shares=(2 / 3, 1.0), searched=("chunk_wise", "frame_wise"),
         search_prompts=160, validation_prompts=40, heldout_prompts=96, seeds_per_prompt=2, long_prompts=32,
         real_score_steps=600, seeds=(0, 1, 2), families=("chunk_wise", "frame_wise"),
         methods=("sft", "gan", "dmd", "afd"), ablations=tuple(ABLATIONS), d_lr=tuple(D_LR), beyond=tuple(BEYOND),

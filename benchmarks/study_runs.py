@@ -15,10 +15,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from study_measure import Measurement, measure_student, measure_teacher
-from study_rows import FAMILIES, METHODS, Preset, Row, settings_of
+from study_rows import AVERAGES, FAMILIES, METHODS, Preset, Row, settings_of
+from study_scores import totals
 from study_worlds import WorldShards, make_world
 
 from afd.config import RunConfig
@@ -41,10 +43,11 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Choice:
-    """A student's learning rate and its number of updates."""
+    """A student's learning rate, its number of updates, and which average of its weights is measured."""
 
     learning_rate: float
     updates: int
+    average: str = "ema"
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Study:
         out: folder of everything.
         choices: (family, method) -> what the search chose.
         stop: set when the study was asked to stop.
+        grounds: family -> the teacher and the base student on the validation prompts.
     """
 
     preset: Preset
@@ -64,6 +68,7 @@ class Study:
     stop: threading.Event = field(default_factory=threading.Event)
     _worlds: dict[str, WorldShards] = field(default_factory=dict)
     _teachers: dict[str, Measurement] = field(default_factory=dict)
+    grounds: dict[str, tuple[Measurement, dict[str, float]]] = field(default_factory=dict)
     _children: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _makers: defaultdict[str, threading.RLock] = field(default_factory=lambda: defaultdict(threading.RLock))
@@ -212,19 +217,16 @@ class Plan:
         sampling: overrides that the measurement needs as well.
         training: the remaining overrides; empty for a base row.
         choice: learning rate and updates; None for a base row.
-        settings: fingerprint of all that.
+        run: fingerprint of what is trained.
+        settings: fingerprint of that and of how it is measured.
     """
 
     config: Path
     sampling: list[str]
     training: list[str]
     choice: Choice | None
+    run: str
     settings: str
-
-    @property
-    def num_steps(self) -> int:
-        """Trainer steps; 0 for a base row."""
-        return next((int(each.partition("=")[2]) for each in self.training if each.startswith("num_steps=")), 0)
 
 
 def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
@@ -239,17 +241,27 @@ def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
         training = [
             f"rollout.group_size={preset.group_size}", *METHODS[row.method], *own, f"seed={row.seed}",
             f"num_steps={steps}", f"discriminator.warmup_steps={preset.warmup_steps}",
-            f"evaluation.every={round(steps * preset.step_shares[0]) if row.table == 'search' else 0}",
-            f"checkpoint.every={max(1, steps // 3)}", *_WATCHING, *preset.extra,
+            *_commits(preset, row, steps), *_WATCHING, *preset.extra,
         ]  # fmt: skip
-    everything = [*sampling, *training, str(choice), str(row.after), str((preset.heldout_prompts, preset.long_prompts))]
-    everything += [str((preset.rollouts, preset.search_prompts, preset.validation_prompts, preset.seeds_per_prompt))]
-    return Plan(Path(FAMILIES[row.family]), sampling, training, choice, settings_of(row, everything))
+    trained = [*sampling, *training, str(choice and choice.learning_rate), str(row.after)]
+    trained += [str((preset.rollouts, preset.search_prompts, preset.validation_prompts))]
+    averages = AVERAGES if row.table == "search" else (choice.average if choice else "",)
+    measured = [*averages, str((preset.heldout_prompts, preset.seeds_per_prompt, preset.long_prompts))]
+    prints = settings_of(row, trained), settings_of(row, [*trained, *measured])
+    return Plan(Path(FAMILIES[row.family]), sampling, training, choice, *prints)
+
+
+def _commits(preset: Preset, row: Row, steps: int) -> tuple[str, ...]:
+    """A search run keeps a commit at each of the preset's shares of its steps, another one what resuming takes."""
+    if row.table != "search":
+        return "evaluation.every=0", f"checkpoint.every={max(1, steps // 3)}"
+    between = round(steps * (1 - (0.0, *preset.step_shares)[-2]))
+    return "evaluation.every=0", f"checkpoint.every={between}", f"checkpoint.keep={max(2, len(preset.step_shares))}"
 
 
 def run_folder(study: Study, row: Row, plan: Plan) -> Path:
     """Where a row's run is written: another setting is another folder."""
-    return study.out / "runs" / f"{row.id}-{plan.settings}"
+    return study.out / "runs" / f"{row.id}-{plan.run}"
 
 
 def start_of(study: Study, row: Row, *, gpu: int | None) -> list[str]:
@@ -264,7 +276,8 @@ def start_of(study: Study, row: Row, *, gpu: int | None) -> list[str]:
 
 
 def train(study: Study, row: Row, plan: Plan, *, gpu: int | None) -> tuple[Path, float]:
-    """The row's training run, resumed where it was; its folder and its seconds, start-up included."""
+    """The row's training run, resumed where it was; its folder and its seconds, start-up included unless it was there
+    already."""
     shards, folder = study.world(row.world), run_folder(study, row, plan)
     assert plan.choice is not None
     jsons = write_jsons(study, learning_rate=plan.choice.learning_rate)
@@ -274,9 +287,10 @@ def train(study: Study, row: Row, plan: Plan, *, gpu: int | None) -> tuple[Path,
     ]  # fmt: skip
     if row.method == "dmd":
         overrides += [f"dmd.real_score={ensure_real_score(study, row, gpu=gpu)}", f"dmd.ds_config={jsons['critic']}"]
+    if (folder / "evaluation.json").is_file():
+        return folder, float(json.loads((folder / "run.json").read_text())["duration_s"])
     started = time.perf_counter()
-    if not (folder / "evaluation.json").is_file():
-        study.call(train_command(plan.config, jsons, overrides), folder.with_name(folder.name + ".log"), gpu=gpu)
+    study.call(train_command(plan.config, jsons, overrides), folder.with_name(folder.name + ".log"), gpu=gpu)
     return folder, time.perf_counter() - started
 
 
@@ -287,7 +301,8 @@ def measure(study: Study, row: Row, plan: Plan, folder: Path | None, *, gpu: int
     if folder is None:
         student = prepare_student(load_student(_base_path(config), config=config.student.model_dump()), config)
     else:
-        student, _ = load_commit(resolve_commit(folder))
+        assert plan.choice is not None
+        student, _ = load_commit(resolve_commit(folder), average=plan.choice.average)
     shards, preset = study.world(row.world), study.preset
     teacher = study.teacher(row, config, device)
     found = measure_student(
@@ -300,6 +315,29 @@ def measure(study: Study, row: Row, plan: Plan, folder: Path | None, *, gpu: int
         for _, commit in list_commits(folder / "checkpoints")[1:]:
             shutil.rmtree(commit)
     return found.values
+
+
+Look = tuple[int, str, dict[str, float]]
+
+
+def look(study: Study, row: Row, plan: Plan, folder: Path, *, gpu: int | None) -> list[Look]:
+    """A search run's commits on the validation prompts: (step, average, the two totals), oldest first."""
+    device = "cpu" if gpu is None else f"cuda:{gpu}"
+    config, shards = load_config(plan.config, [*plan.sampling, *start_of(study, row, gpu=gpu)]), study.world(row.world)
+    how: dict[str, Any] = {"seeds": study.preset.seeds_per_prompt, "long_prompts": 0, "device": device}
+    with study.making(f"ground {row.family}"):
+        if row.family not in study.grounds:
+            teacher = measure_teacher(config, shards.validation, device=device)
+            base = prepare_student(load_student(_base_path(config), config=config.student.model_dump()), config)
+            study.grounds[row.family] = teacher, measure_student(base, config, shards.validation, teacher, **how).values
+    teacher, base = study.grounds[row.family]
+    found = []
+    for step, commit in reversed(list_commits(folder / "checkpoints")[: len(study.preset.step_shares)]):
+        for average in AVERAGES:
+            student, _ = load_commit(commit, average=average)
+            values = measure_student(student, config, shards.validation, teacher, **how).values
+            found.append((step, average, totals(values, base, teacher.values)))
+    return found
 
 
 def _base_path(config: RunConfig) -> Path:

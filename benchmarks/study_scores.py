@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 ERRORS = ("gravity_error", "energy_error", "momentum_error", "bounce_timing_error", "collision_error")
 SHARES = ("object_permanence", "colour_fidelity", "count_fidelity", "direction_fidelity")
@@ -42,28 +40,6 @@ def totals(values: Mapping[str, float], base: Mapping[str, float], teacher: Mapp
         ratios = [(ground[key] + _FLOOR) / (ground[key] + own[key] + 2 * _FLOOR) for key in own.keys() & ground.keys()]
         result[name] = 100 * sum(ratios) / len(ratios) if ratios else math.nan
     return result
-
-
-def means_of(summary: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    """{metric: mean} of one role of an evaluation.json; undefined means are left out."""
-    means = {name: each["mean"] for name, each in summary.items()}
-    return {name: mean for name, mean in means.items() if mean is not None and not math.isnan(mean)}
-
-
-def looks(run: Path, num_steps: int) -> dict[int, dict[str, float]]:
-    """The two totals of a search run on the validation prompts, by the step at which it was looked at.
-
-    The run's own evaluation has neither the Frechet distance nor counts and collisions: those stay out of the search.
-    """
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    base, teacher = means_of(evaluation["base"]), means_of(evaluation["teacher"])
-    seen = {num_steps: means_of(evaluation["student"])}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        means = {name.removeprefix("eval/"): value for name, value in record.items() if name.startswith("eval/")}
-        if means:
-            seen[int(record["step"])] = means
-    return {step: totals(values, base, teacher) for step, values in sorted(seen.items())}
 
 
 def preference(result: Mapping[str, float]) -> float:

@@ -188,9 +188,10 @@ def write_tables(out: Path, preset: Preset, choices: Mapping[tuple[str, str], An
     parts = ["## What the paper claims, and what these rows say", "| claim | here |", "|---|---|"]
     parts += [f"| {claim} | {answer} |" for claim, answer in verdicts(cells, preset)]
     if choices:
-        parts += ["", "## Chosen by the search", "| family | method | learning rate | updates |", "|---|---|---|---|"]
+        parts += ["", "## Chosen by the search", "| family | method | learning rate | updates | average |"]
+        parts += ["|---|---|---|---|---|"]
         parts += [
-            f"| {family} | {method} | {each.learning_rate:g} | {each.updates} |"
+            f"| {family} | {method} | {each.learning_rate:g} | {each.updates} | {each.average} |"
             for (family, method), each in sorted(choices.items())
         ]
     for table in dict.fromkeys(cell.table for cell in cells if cell.table != "regime"):

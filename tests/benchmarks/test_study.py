@@ -49,6 +49,7 @@ def test_the_paper_preset_holds_what_was_asked_for(parts: Any) -> None:
     assert preset.search_prompts + preset.validation_prompts == 200
     assert len(preset.seeds) >= 3
     assert {row.label for row in rows if row.table == "d_lr"} == {"0", "low", "x2", "high"}
+    assert len(parts.study_rows.AVERAGES) > 1, "a slow average hides what a student learned last"
     searched = {(row.family, row.method) for row in parts.study_rows.search_rows(preset, rows)}
     assert searched == {(row.family, row.method) for row in main if row.method != "base"}, "one budget for all"
 
@@ -171,6 +172,7 @@ def test_a_stopped_study_goes_on_and_ends_in_tables_and_a_page(tmp_path: Path) -
     assert "main: 1 of 2 rows are there already" in text
     assert rows.read_text().startswith(before), "a finished row is not run again"
     base, afd = csv.DictReader(rows.read_text().splitlines())
+    assert (base["average"], afd["average"]) == ("", "ema")
     assert (base["method"], afd["method"]) == ("base", "afd")
     for name in ("gravity_error", "frechet", "count_fidelity", "dynamic_degree", "long/gravity_error"):
         assert float(base[name]) != float(afd[name]) or name == "count_fidelity"
