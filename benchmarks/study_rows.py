@@ -189,7 +189,7 @@ PRESETS = {
     ),
     "micro": Preset(
         name="micro", rollouts=4, group_size=2, steps=2, warmup_steps=1,
-        learning_rates=(6e-4,), step_shares=(1.0,), searched=(),
+        learning_rates=(6e-4,), step_shares=(1.0,), searched=("chunk_wise",),
         search_prompts=12, validation_prompts=4, heldout_prompts=6, seeds_per_prompt=1, long_prompts=1,
         real_score_steps=2, seeds=(0,), families=("chunk_wise",), methods=("afd",), ablations=(), d_lr=(),
         beyond=(), regimes=(), regime_methods=(), regime_seeds=(), extra=("averages.ema_decay=0.5",),
@@ -211,7 +211,7 @@ def search_rows(preset: Preset, rows: Sequence[Row]) -> list[Row]:
         for family in preset.searched
         for method in preset.methods
         for rate in preset.learning_rates
-        if (family, method) in wanted and len(preset.learning_rates) * len(preset.step_shares) > 1
+        if (family, method) in wanted
     ]
 
 

@@ -169,10 +169,14 @@ def test_a_stopped_study_goes_on_and_ends_in_tables_and_a_page(tmp_path: Path) -
     second = start(tmp_path)
     text, _ = second.communicate(timeout=480)
     assert second.returncode == 0, text
+    assert "search: 1 of 1 rows are there already" in text
     assert "main: 1 of 2 rows are there already" in text
     assert rows.read_text().startswith(before), "a finished row is not run again"
     base, afd = csv.DictReader(rows.read_text().splitlines())
-    assert (base["average"], afd["average"]) == ("", "ema")
+    looks = list(csv.DictReader((tmp_path / "search.csv").open()))
+    assert [(row["step"], row["average"]) for row in looks] == [("2", "ema"), ("2", "old")]
+    best = max(looks, key=lambda row: float(row["preference"]))
+    assert (base["average"], afd["average"]) == ("", best["average"])
     assert (base["method"], afd["method"]) == ("base", "afd")
     for name in ("gravity_error", "frechet", "count_fidelity", "dynamic_degree", "long/gravity_error"):
         assert float(base[name]) != float(afd[name]) or name == "count_fidelity"
