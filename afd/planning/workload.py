@@ -298,9 +298,7 @@ def build_workload(
             teacher_forcing=True,
             averages=_AVERAGES,
         ),
-        critic=Learner(critic[0], critic[1], LoRASection(), copies_keys=_copies_keys(critic[0].attention_impl))
-        if critic is not None and config.objective == "dmd"
-        else None,
+        critic=_critic(config, *critic) if critic is not None and config.objective == "dmd" else None,
         discriminator_shape=section.shape,
         backbone=section.backbone if section.kind == "backbone" else None,
         vlm=plan_discriminator_vlm(config) if config.has_discriminator else None,
@@ -321,3 +319,14 @@ def build_workload(
 
 def _copies_keys(impl: str | None) -> bool:
     return (impl or "chunks").partition(":")[0] in ("chunks", "varlen")
+
+
+def _critic(config: RunConfig, shape: StudentShape, engine: EngineSettings) -> Learner:
+    """All of its weights learn; it recomputes its blocks where the student does."""
+    return Learner(
+        shape,
+        engine,
+        LoRASection(),
+        is_checkpointed=config.student.gradient_checkpointing,
+        copies_keys=_copies_keys(shape.attention_impl),
+    )

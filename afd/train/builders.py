@@ -73,11 +73,15 @@ def _student_blocks(module: nn.Module) -> tuple[type[nn.Module], ...]:
 
 
 def _build_scores(config: RunConfig, *, world: World) -> tuple[Engine | None, CausalStudent | None]:
-    """The critic's engine and the frozen real score of objective dmd, both from the same file."""
+    """The critic's engine and the frozen real score of objective dmd, both from the same file.
+
+    The critic recomputes its blocks where the student does.
+    """
     if config.objective != "dmd" or config.dmd.real_score is None:
         return None, None
     real_score = load_student(config.dmd.real_score).to(world.device).requires_grad_(False)
-    critic = load_student(config.dmd.real_score).to(world.device)
+    recompute = {"gradient_checkpointing": config.student.gradient_checkpointing}
+    critic = load_student(config.dmd.real_score, config=recompute).to(world.device)
     return build_engine(critic, load_ds_config(config.dmd.ds_config), leaf_modules=(CausalBlock,)), real_score
 
 

@@ -138,6 +138,11 @@ def test_a_mean_step_of_dmd_holds_its_share_of_an_update_and_the_peak_all_of_it(
     assert fifth.step.phases["critic"] == every.step.phases["critic"]
     assert fifth.memory == every.memory
     assert fifth.memory.phases["update"]["gathered critic"] == 2 * fifth.workload.critic.parameters.total
+    kept, recomputed = (
+        plan_of(WAN, "objective=dmd", f"student.gradient_checkpointing={each}")[0] for each in ("false", "true")
+    )
+    activations = [each.memory.phases["critic"]["activations"] for each in (kept, recomputed)]
+    assert activations[0] > 5 * activations[1], "the critic recomputes its blocks where the student does"
 
 
 def test_a_mean_rollout_takes_the_mean_of_the_truncated_ones() -> None:
