@@ -166,16 +166,17 @@ def verdicts(cells: Sequence[Cell], preset: Preset) -> list[tuple[str, str]]:
             ("terminal only", "weighting the last denoising step alone is worse than forward-process credit"),
         ):
             ablated = find(cells, "ablations", family, label)
-            lines.append((f"{family}: {claim}", _answer(run.get("afd"), {label: ablated}, "physics_total")))
+            lines.append((f"{family}: {claim}", _answer(run.get("afd"), {label: ablated}, "physics_total", least=1.0)))
     return lines
 
 
-def _answer(own: Cell | None, others: Mapping[str, Cell | None], metric: str) -> str:
-    """Whether `own` is at least as high as all others, within one standard error; one seed decides nothing."""
+def _answer(own: Cell | None, others: Mapping[str, Cell | None], metric: str, *, least: float = -1.0) -> str:
+    """Whether `own` is above all others by at least `least` combined standard errors: -1 is higher or tied, 1 is higher
+    and not tied. One seed decides nothing."""
     known = {name: each for name, each in others.items() if each is not None and metric in each.values}
     if own is None or metric not in own.values or not known:
         return "not run"
-    holds = all(_distance(own.values[metric], each.values[metric]) >= -1.0 for each in known.values())
+    holds = all(_distance(own.values[metric], each.values[metric]) >= least for each in known.values())
     seeds = own.values[metric][2]
     numbers = ", ".join(f"{name} {each.text(metric)}" for name, each in known.items())
     answer = "open (one seed, no error bar)" if seeds == 1 else "yes" if holds else "no"

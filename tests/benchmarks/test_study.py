@@ -92,6 +92,8 @@ def test_means_errors_and_verdicts_over_seeds(parts: Any, tmp_path: Path) -> Non
     rows = [row_of(0, "base", 0.6)]
     rows += [row_of(seed, "afd", value) for seed, value in enumerate((0.30, 0.34, 0.32))]
     rows += [row_of(seed, "sft", value) for seed, value in enumerate((0.50, 0.52, 0.54))]
+    for label, values in (("frozen D", (0.33, 0.31, 0.34)), ("terminal only", (0.41, 0.44, 0.42))):
+        rows += [row_of(seed, "afd", value, label) | {"table": "ablations"} for seed, value in enumerate(values)]
     tables.append_rows(tmp_path / "rows.csv", rows)
     tables.append_rows(tmp_path / "teachers.csv", [{"world": "default", "sharpness": 0.42}])
     cells = tables.collect(tmp_path)
@@ -99,8 +101,11 @@ def test_means_errors_and_verdicts_over_seeds(parts: Any, tmp_path: Path) -> Non
     assert afd.values["gravity_error"] == (pytest.approx(0.32), pytest.approx(0.02 / 3**0.5), 3)
     answers = dict(tables.verdicts(cells, preset))
     assert answers["chunk_wise: AFD is best or tied on physics"].startswith("yes: physics_total afd")
+    assert answers["chunk_wise: a frozen discriminator is worse than one that learns"].startswith("no: "), "a tie"
+    worse = "chunk_wise: weighting the last denoising step alone is worse than forward-process credit"
+    assert answers[worse].startswith("yes: ")
     assert answers["frame_wise: AFD is best or tied on physics"] == "not run"
-    assert tables.best_of({each.label: each for each in cells}) == "afd"
+    assert tables.best_of({each.label: each for each in cells if each.table == "main"}) == "afd"
 
 
 def test_rows_are_appended_once_and_never_under_other_columns(parts: Any, tmp_path: Path) -> None:
