@@ -100,3 +100,9 @@ class RunConfig(Section):
     def has_discriminator(self) -> bool:
         """Whether the objective asks a discriminator; else none is built, planned or saved."""
         return self.objective in ("afd", "gan")
+
+    @property
+    def has_old_adapter(self) -> bool:
+        """Whether the old policy has adapters of its own beside the trained ones: v_old takes the same pass as v."""
+        is_shared = self.student.lora.rank > 0 and self.nft.velocities == "one_gather"
+        return is_shared and self.rollout.policy == "ema"

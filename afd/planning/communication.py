@@ -139,13 +139,10 @@ def _aligned(count: int, ranks: int) -> int:
 
 def _update(work: Workload) -> list[Transfer]:
     """All updates of the student in a step: what they gather at once, and their optimizer steps."""
-    passes, engine = work.passes, work.student
-    if engine.stage == 3:
-        apart = 0 if work.gathers_once else passes.lagging  # roles with passes of their own through the blocks
-        whole = 0 if work.lagging_beside else passes.lagging - apart
-        transfers = [_whole(work.learner)] * whole + _optimizer_step(work, work.learner, passes=apart + passes.repeats)
-    else:
-        transfers = _optimizer_step(work, work.learner, passes=Fraction(0))
+    passes = work.passes
+    apart = 0 if work.gathers_once else passes.lagging  # roles with passes of their own through the blocks
+    whole = 0 if work.lagging_beside or work.student.stage < 3 else passes.lagging - apart
+    transfers = [_whole(work.learner)] * whole + _optimizer_step(work, work.learner, passes=apart + passes.repeats)
     if passes.guide == "scores" and work.critic is not None and work.critic.engine.stage == 3:
         transfers.append(_whole(work.critic))
     if passes.guide == "discriminator" and work.discriminator is not None and work.discriminator.stage == 3:
@@ -163,7 +160,7 @@ def _times(transfer: Transfer, share: Fraction) -> Transfer:
 def _optimizer_step(work: Workload, learner: Learner, *, passes: Fraction) -> list[Transfer]:
     """One optimizer step of a velocity model, with `passes` forwards without gradient before each one with."""
     engine, trained = learner.engine, learner.parameters.trained
-    times, gradients = engine.accumulation, learner.parameters.trained * engine.width
+    times, gradients = engine.accumulation, trained * engine.width
     buckets = times * _num_buckets(learner)
     if engine.stage < 3:
         transfers = [Transfer("all_reduce", times * gradients, buckets)]

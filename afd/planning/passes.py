@@ -71,6 +71,11 @@ class StepPasses:
         return [(each, each) for each in others] if own is None else list(product(own, others))
 
     @property
+    def mean_times(self) -> float:
+        """Mean denoising passes of a chunk other than the first."""
+        return sum(others for _, others in self.lengths) / len(self.lengths)
+
+    @property
     def repeats(self) -> Fraction:
         """Mean forwards of the student without gradient before the one with, in an update."""
         if self.guide is None:

@@ -229,7 +229,7 @@ def as_json(plan: Plan, price: float) -> dict[str, Any]:
         },
         "objective": passes.objective,
         "mean_step": {
-            "denoising_steps": sum(others for _, others in passes.lengths) / len(passes.lengths),
+            "denoising_steps": passes.mean_times,
             "updates_of_the_student": float(passes.updates * passes.update_share),
             "forwards_without_gradient_in_an_update": float(passes.lagging + passes.repeats),
         },

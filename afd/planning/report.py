@@ -59,11 +59,10 @@ def step_line(passes: StepPasses) -> str:
     line = f"objective {passes.objective}"
     if not passes.is_truncated:
         return line
-    mean = sum(others for _, others in passes.lengths) / len(passes.lengths)
     line += f": a rollout ends after 1 to {passes.num_times} denoising steps, each as likely, which the update repeats"
     if passes.update_every > 1:
         line += f"; the student moves every {passes.update_every} steps"
-    line += f". Seconds, traffic and cost are the mean step's ({mean:.1f} denoising steps"
+    line += f". Seconds, traffic and cost are the mean step's ({passes.mean_times:.1f} denoising steps"
     return line + (f", 1/{passes.update_every} update" if passes.update_every > 1 else "") + "), memory the longest's"
 
 

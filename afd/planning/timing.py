@@ -146,7 +146,7 @@ def _rollout_work(work: Workload) -> tuple[list[Load], float]:
     ]  # fmt: skip
     chunk, per_clip = work.shape.chunk_frames, math.prod(work.latents[1:])
     tokens = micro * per_clip // math.prod(work.shape.patch_size)
-    passes = sum(others for _, others in lengths) / len(lengths) + 1  # and the one that writes the cache
+    passes = work.passes.mean_times + 1  # and the one that writes the cache
     forwards = -(-work.latents[1] // chunk) * passes
     weights = forwards * work.learner.weights * work.student.width
     cached = forwards * tokens * work.shape.dim * work.student.width * work.shape.num_layers  # half of it on average

@@ -283,8 +283,6 @@ def build_workload(
         ConfigError: a VLM discriminator's files are not there or do not fit.
     """
     lora, section = config.student.lora, config.discriminator
-    # Of the old policy: what `afd.train.builders` adds, whatever the objective.
-    has_twin = lora.rank > 0 and config.nft.velocities == "one_gather" and config.rollout.policy == "ema"
     assert config.objective != "dmd" or critic is not None
     return Workload(
         passes=step_passes(config),
@@ -292,7 +290,7 @@ def build_workload(
             shape,
             engines[0],
             lora,
-            frozen_adapters=int(has_twin),
+            frozen_adapters=int(config.has_old_adapter),
             is_checkpointed=config.student.gradient_checkpointing,
             copies_keys=_copies_keys(config.student.attention_impl or shape.attention_impl),
             teacher_forcing=True,

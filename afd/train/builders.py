@@ -59,7 +59,7 @@ def roles_around(
             student_engine,
             decay=_old_policy_decay(averages),
             name="old",
-            twin=old_adapter_name if _needs_old_adapter(config) else None,
+            twin=old_adapter_name if config.has_old_adapter else None,
         ),
         ema=ParameterAverage(student_engine, decay=averages.ema_decay, name="ema"),
         reference=ParameterAverage(student_engine, decay=1.0, name="reference"),
@@ -104,17 +104,11 @@ def build_student(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> Cau
 def train_ready(student: CausalStudent, config: RunConfig) -> CausalStudent:
     """Give a bare student everything its training needs; in place."""
     prepare_student(student, config)
-    if _needs_old_adapter(config):
+    if config.has_old_adapter:
         lora = config.student.lora
         with torch.random.fork_rng(devices=[]):
             add_old_adapter(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     return student
-
-
-def _needs_old_adapter(config: RunConfig) -> bool:
-    """Whether v_old is computed in the same pass as v."""
-    is_shared = bool(config.student.lora.rank) and config.nft.velocities == "one_gather"
-    return is_shared and config.rollout.policy == "ema"
 
 
 def prepare_student(student: CausalStudent, config: RunConfig) -> CausalStudent:
