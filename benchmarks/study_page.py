@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from study_rows import AVERAGES, D_LR, Preset
+from study_rows import D_LR, Preset
 from study_tables import COLUMNS, Cell, best_of, collect, find, regime_lines, verdicts
 
 from afd.evaluation.contact_sheet import contact_sheet
@@ -48,7 +48,7 @@ def write_page(out: Path, preset: Preset, choices: Mapping[tuple[str, str], Any]
             (family, method, f"{each.learning_rate:g}", str(each.updates), each.average)
             for (family, method), each in sorted(choices.items())
         ]
-        num_looks = len(preset.step_shares) * len(AVERAGES)
+        num_looks = len(preset.step_shares) * len(preset.averages)
         budget = f"{len(preset.learning_rates)} learning rates, {num_looks} looks each, training prompts"
         parts += [f"<h2>Chosen by the search ({budget})</h2>"]
         parts.append(_table(("family", "method", "learning rate", "updates", "average"), rows))

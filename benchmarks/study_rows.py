@@ -6,10 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-AVERAGES = ("ema", "old")
-"""Averages of the student's weights that the search looks at: of the last 100 updates, and of the last 10. The slow one
-is smooth and lags: what a student learned in its last 100 updates it does not show."""
-
 FAMILIES = {"chunk_wise": "configs/quickstart.yaml", "frame_wise": "configs/frame_wise.yaml"}
 """A Self-Forcing-like student, three frames at a time, and a Causal-Forcing-like one, frame by frame with more steps
 for the first frame."""
@@ -130,6 +126,8 @@ class Preset:
         warmup_steps: of the discriminator.
         learning_rates: of the student, tried for each method and family in `searched`.
         step_shares: of `steps`, at which the search looks: equally spaced, the last is 1.
+        averages: of the student's weights, at which the search looks. In `paper` `ema` is of the last 100 updates and
+            `old` of the last 10: the slow one is smooth, and lags behind what a student learned last.
         searched: families with a search of their own; the others take the first one's result.
         search_prompts, validation_prompts: training prompts that the search trains on, and judges by.
         heldout_prompts, seeds_per_prompt: clips of the one final measurement; `long_prompts` of three times the length.
@@ -144,6 +142,7 @@ class Preset:
     warmup_steps: int
     learning_rates: tuple[float, ...]
     step_shares: tuple[float, ...]
+    averages: tuple[str, ...]
     searched: tuple[str, ...]
     search_prompts: int
     validation_prompts: int
@@ -172,7 +171,8 @@ _EVERY_REGIME = tuple(
 PRESETS = {
     "paper": Preset(
         name="paper", rollouts=32, group_size=8, steps=240, warmup_steps=160,
-        learning_rates=(6e-5, 2e-4, 6e-4), step_shares=(2 / 3, 1.0), searched=("chunk_wise", "frame_wise"),
+        learning_rates=(6e-5, 2e-4, 6e-4), step_shares=(2 / 3, 1.0), averages=("ema", "old"),
+        searched=("chunk_wise", "frame_wise"),
         search_prompts=160, validation_prompts=40, heldout_prompts=96, seeds_per_prompt=2, long_prompts=32,
         real_score_steps=600, seeds=(0, 1, 2), families=("chunk_wise", "frame_wise"),
         methods=("sft", "gan", "dmd", "afd"), ablations=tuple(ABLATIONS), d_lr=tuple(D_LR), beyond=tuple(BEYOND),
@@ -180,7 +180,7 @@ PRESETS = {
     ),
     "quick": Preset(
         name="quick", rollouts=16, group_size=4, steps=24, warmup_steps=24,
-        learning_rates=(1e-4, 6e-4), step_shares=(0.5, 1.0), searched=("chunk_wise",),
+        learning_rates=(1e-4, 6e-4), step_shares=(0.5, 1.0), averages=("ema",), searched=("chunk_wise",),
         search_prompts=176, validation_prompts=24, heldout_prompts=48, seeds_per_prompt=1, long_prompts=12,
         real_score_steps=40, seeds=(0,), families=("chunk_wise", "frame_wise"),
         methods=("sft", "gan", "dmd", "afd"), ablations=("frozen D", "terminal only"), d_lr=("high",),
@@ -189,7 +189,7 @@ PRESETS = {
     ),
     "micro": Preset(
         name="micro", rollouts=4, group_size=2, steps=2, warmup_steps=1,
-        learning_rates=(6e-4,), step_shares=(1.0,), searched=("chunk_wise",),
+        learning_rates=(6e-4,), step_shares=(1.0,), averages=("ema", "old"), searched=("chunk_wise",),
         search_prompts=12, validation_prompts=4, heldout_prompts=6, seeds_per_prompt=1, long_prompts=1,
         real_score_steps=2, seeds=(0,), families=("chunk_wise",), methods=("afd",), ablations=(), d_lr=(),
         beyond=(), regimes=(), regime_methods=(), regime_seeds=(), extra=("averages.ema_decay=0.5",),

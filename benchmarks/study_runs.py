@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from study_measure import Measurement, measure_student, measure_teacher
-from study_rows import AVERAGES, FAMILIES, METHODS, Preset, Row, settings_of
+from study_rows import FAMILIES, METHODS, Preset, Row, settings_of
 from study_scores import totals
 from study_worlds import WorldShards, make_world
 
 from afd.config import RunConfig
 from afd.config_file import load_config
+from afd.models.student import CausalStudent
 from afd.models.weights import load_student, save_student
 from afd.train.builders import prepare_student
 from afd.train.commit import list_commits
@@ -241,11 +242,11 @@ def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
         training = [
             f"rollout.group_size={preset.group_size}", *METHODS[row.method], *own, f"seed={row.seed}",
             f"num_steps={steps}", f"discriminator.warmup_steps={preset.warmup_steps}",
-            *_commits(preset, row, steps), *_WATCHING, *preset.extra,
+            "evaluation.every=0", *_commits(preset, row, steps), *_WATCHING, *preset.extra,
         ]  # fmt: skip
     trained = [*sampling, *training, str(choice and choice.learning_rate), str(row.after)]
     trained += [str((preset.rollouts, preset.search_prompts, preset.validation_prompts))]
-    averages = AVERAGES if row.table == "search" else (choice.average if choice else "",)
+    averages = preset.averages if row.table == "search" else (choice.average if choice else "",)
     measured = [*averages, str((preset.heldout_prompts, preset.seeds_per_prompt, preset.long_prompts))]
     prints = settings_of(row, trained), settings_of(row, [*trained, *measured])
     return Plan(Path(FAMILIES[row.family]), sampling, training, choice, *prints)
@@ -254,9 +255,9 @@ def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
 def _commits(preset: Preset, row: Row, steps: int) -> tuple[str, ...]:
     """A search run keeps a commit at each of the preset's shares of its steps, another one what resuming takes."""
     if row.table != "search":
-        return "evaluation.every=0", f"checkpoint.every={max(1, steps // 3)}"
+        return (f"checkpoint.every={max(1, steps // 3)}",)
     between = round(steps * (1 - (0.0, *preset.step_shares)[-2]))
-    return "evaluation.every=0", f"checkpoint.every={between}", f"checkpoint.keep={max(2, len(preset.step_shares))}"
+    return f"checkpoint.every={between}", f"checkpoint.keep={max(2, len(preset.step_shares))}"
 
 
 def run_folder(study: Study, row: Row, plan: Plan) -> Path:
@@ -278,8 +279,11 @@ def start_of(study: Study, row: Row, *, gpu: int | None) -> list[str]:
 def train(study: Study, row: Row, plan: Plan, *, gpu: int | None) -> tuple[Path, float]:
     """The row's training run, resumed where it was; its folder and its seconds, start-up included unless it was there
     already."""
-    shards, folder = study.world(row.world), run_folder(study, row, plan)
+    folder = run_folder(study, row, plan)
+    if (folder / "evaluation.json").is_file():
+        return folder, float(json.loads((folder / "run.json").read_text())["duration_s"])
     assert plan.choice is not None
+    shards = study.world(row.world)
     jsons = write_jsons(study, learning_rate=plan.choice.learning_rate)
     overrides = [
         *_data_overrides(shards, is_search=row.table == "search"), *plan.sampling, *plan.training,
@@ -287,8 +291,6 @@ def train(study: Study, row: Row, plan: Plan, *, gpu: int | None) -> tuple[Path,
     ]  # fmt: skip
     if row.method == "dmd":
         overrides += [f"dmd.real_score={ensure_real_score(study, row, gpu=gpu)}", f"dmd.ds_config={jsons['critic']}"]
-    if (folder / "evaluation.json").is_file():
-        return folder, float(json.loads((folder / "run.json").read_text())["duration_s"])
     started = time.perf_counter()
     study.call(train_command(plan.config, jsons, overrides), folder.with_name(folder.name + ".log"), gpu=gpu)
     return folder, time.perf_counter() - started
@@ -296,10 +298,9 @@ def train(study: Study, row: Row, plan: Plan, *, gpu: int | None) -> tuple[Path,
 
 def measure(study: Study, row: Row, plan: Plan, folder: Path | None, *, gpu: int | None) -> dict[str, float]:
     """The row's one look at the held-out prompts; also writes a few clips for the contact sheets."""
-    device = "cpu" if gpu is None else f"cuda:{gpu}"
-    config = load_config(plan.config, [*plan.sampling, *start_of(study, row, gpu=gpu)])
+    device, config = _device(gpu), _sampler_config(study, row, plan, gpu=gpu)
     if folder is None:
-        student = prepare_student(load_student(_base_path(config), config=config.student.model_dump()), config)
+        student = _base_student(config)
     else:
         assert plan.choice is not None
         student, _ = load_commit(resolve_commit(folder), average=plan.choice.average)
@@ -322,26 +323,35 @@ Look = tuple[int, str, dict[str, float]]
 
 def look(study: Study, row: Row, plan: Plan, folder: Path, *, gpu: int | None) -> list[Look]:
     """A search run's commits on the validation prompts: (step, average, the two totals), oldest first."""
-    device = "cpu" if gpu is None else f"cuda:{gpu}"
-    config, shards = load_config(plan.config, [*plan.sampling, *start_of(study, row, gpu=gpu)]), study.world(row.world)
+    device, config, shards = _device(gpu), _sampler_config(study, row, plan, gpu=gpu), study.world(row.world)
     how: dict[str, Any] = {"seeds": study.preset.seeds_per_prompt, "long_prompts": 0, "device": device}
     with study.making(f"ground {row.family}"):
         if row.family not in study.grounds:
             teacher = measure_teacher(config, shards.validation, device=device)
-            base = prepare_student(load_student(_base_path(config), config=config.student.model_dump()), config)
-            study.grounds[row.family] = teacher, measure_student(base, config, shards.validation, teacher, **how).values
+            base = measure_student(_base_student(config), config, shards.validation, teacher, **how)
+            study.grounds[row.family] = teacher, base.values
     teacher, base = study.grounds[row.family]
     found = []
     for step, commit in reversed(list_commits(folder / "checkpoints")[: len(study.preset.step_shares)]):
-        for average in AVERAGES:
+        for average in study.preset.averages:
             student, _ = load_commit(commit, average=average)
             values = measure_student(student, config, shards.validation, teacher, **how).values
             found.append((step, average, totals(values, base, teacher.values)))
     return found
 
 
-def _base_path(config: RunConfig) -> Path:
-    return config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
+def _device(gpu: int | None) -> str:
+    return "cpu" if gpu is None else f"cuda:{gpu}"
+
+
+def _sampler_config(study: Study, row: Row, plan: Plan, *, gpu: int | None) -> RunConfig:
+    """What a row's student samples with."""
+    return load_config(plan.config, [*plan.sampling, *start_of(study, row, gpu=gpu)])
+
+
+def _base_student(config: RunConfig) -> CausalStudent:
+    path = config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
+    return prepare_student(load_student(path, config=config.student.model_dump()), config)
 
 
 def describe_device(gpu: int | None) -> str:
