@@ -69,9 +69,12 @@ def main() -> int:
         return 2
     searches = search_rows(preset, rows)
     runner = Runner(study, devices=_devices(arguments.jobs), clock=Clock(preset))
-    print(runner.clock.describe(searches, rows, len(runner.devices)), flush=True)
+    runner.choose(searches)
+    left = runner.left(searches, study.out / "search.csv"), runner.left(rows, study.out / "rows.csv")
+    print(f"{len(searches) + len(rows) - sum(map(len, left))} rows are there already")
+    print(runner.clock.describe(*left, len(runner.devices)), flush=True)
     if arguments.dry_run:
-        for row in (*searches, *rows):
+        for row in (*left[0], *left[1]):
             plan = resolve(study, row, WORLDS[row.world])
             print(f"{row.id}: {' '.join([*plan.sampling, *plan.training]) or 'measured only'}")
         return 0
@@ -140,12 +143,18 @@ class Runner:
     def search(self, rows: list[Row]) -> None:
         """Try every learning rate, look at every share of the steps and every average, and choose for each family and
         method."""
-        path = self.study.out / "search.csv"
-        self._work(rows, path, self._search_row, label="search")
+        self._work(rows, self.study.out / "search.csv", self._search_row, label="search")
+        self.choose(rows)
+        for (family, method), choice in sorted(self.study.choices.items()):
+            what = f"learning rate {choice.learning_rate:g}, {choice.updates} updates, average {choice.average}"
+            print(f"chosen for {family} {method}: {what}")
+
+    def choose(self, rows: list[Row]) -> None:
+        """Take the best look of each family and method from what the search has written so far."""
         pace = {"dmd": 2}
         best: dict[tuple[str, str], tuple[float, Choice]] = {}
         wanted = {(row.id, self._plan(row).settings) for row in rows}
-        for record in read_rows(path):
+        for record in read_rows(self.study.out / "search.csv"):
             key = (record["family"], record["method"])
             if (record["id"], record["settings"]) not in wanted or not record["preference"]:
                 continue
@@ -154,9 +163,6 @@ class Runner:
                 updates = int(record["step"]) // pace.get(record["method"], 1)
                 best[key] = (score, Choice(float(record["learning_rate"]), updates, record["average"]))
         self.study.choices = {key: choice for key, (_, choice) in best.items()}
-        for (family, method), choice in sorted(self.study.choices.items()):
-            what = f"learning rate {choice.learning_rate:g}, {choice.updates} updates, average {choice.average}"
-            print(f"chosen for {family} {method}: {what}")
 
     def run(self, rows: list[Row]) -> None:
         """All rows, table by table, because later ones may go on from earlier ones."""
@@ -164,13 +170,17 @@ class Runner:
             chosen = [row for row in rows if row.table == table]
             self._work(chosen, self.study.out / "rows.csv", self._study_row, label=table)
 
+    def left(self, rows: Sequence[Row], path: Path) -> list[Row]:
+        """The rows that `path` does not hold."""
+        done = {(record["id"], record["settings"]) for record in read_rows(path)}
+        return [row for row in rows if (row.id, self._plan(row).settings) not in done]
+
     def _plan(self, row: Row) -> Plan:
         return resolve(self.study, row, WORLDS[row.world])
 
     def _work(self, rows: list[Row], path: Path, one: Callable[..., None], *, label: str) -> None:
         """Run the rows that `path` does not hold, on all devices, and say after each how long the rest takes."""
-        done = {(record["id"], record["settings"]) for record in read_rows(path)}
-        left = [row for row in rows if (row.id, self._plan(row).settings) not in done]
+        left = self.left(rows, path)
         if len(left) < len(rows):
             print(f"{label}: {len(rows) - len(left)} of {len(rows)} rows are there already")
         places: queue.Queue[int | None] = queue.Queue()

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from study_rows import D_LR, Preset
-from study_tables import COLUMNS, Cell, best_of, collect, find, regime_lines, verdicts
+from study_scores import TOTALS
+from study_tables import COLUMNS, Cell, collect, find, regime_lines, regime_table, verdicts
 
 from afd.evaluation.contact_sheet import contact_sheet
 
@@ -103,34 +104,36 @@ def _ablated(preset: Preset, cells: Sequence[Cell], table: str) -> list[str]:
                 f"<h2>{html.escape(family)}: {html.escape(table)}</h2>",
                 _table(("", *metrics), _lines(every, metrics)),
             ]
-        if table == "d_lr" and rows and reference[1] is not None:
-            parts.append(_learning_rates(rows, reference[1]))
+        if table == "d_lr" and rows:
+            scales = {0.0: find(cells, "ablations", family, "frozen D"), 1.0: reference[1]}
+            scales |= {D_LR[row.label]: row for row in rows}
+            parts.append(_learning_rates({scale: row for scale, row in sorted(scales.items()) if row is not None}))
     return parts
 
 
 def _regime(cells: Sequence[Cell], preset: Preset) -> list[str]:
-    """The map: where which method wins on physics."""
-    lines = regime_lines(cells, preset.regime_methods)
+    """The map: where which method wins, on physics and on general quality."""
+    lines, methods = regime_lines(cells, preset.regime_methods), preset.regime_methods
     if not lines:
         return []
-    methods = ("base", *preset.regime_methods)
-    rows = [
-        [f"{axis}: {value}", *(found[m].text("physics_total") if m in found else "-" for m in methods), best_of(found)]
-        for axis, value, found in lines
-    ]
-    figure = Figure(figsize=(7.5, 0.42 * len(lines) + 1.0), layout="constrained")
-    axes = figure.add_subplot()
-    grid = np.array([[f[m].values["physics_total"][0] if m in f else math.nan for m in methods] for _, _, f in lines])
-    image = axes.imshow(grid, cmap="RdYlGn", vmin=35, vmax=65, aspect="auto")
-    axes.set_xticks(range(len(methods)), methods)
-    axes.set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value, _ in lines])
-    for (i, j), number in np.ndenumerate(grid):
-        if not math.isnan(number):
-            weight = "bold" if number == np.nanmax(grid[i]) else "normal"
-            axes.text(j, i, f"{number:.0f}", ha="center", va="center", weight=weight)
-    figure.colorbar(image, label="physics_total; 50 is the base")
-    head = ("regime", *methods, "best")
-    return ["<h2>Regime map: where which method wins on physics</h2>", _svg(figure), _table(head, rows)]
+    figure = Figure(figsize=(10.5, 0.42 * len(lines) + 1.0), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, metric in ((left, "physics_total"), (right, "general_total")):
+        numbers = [[f[m].values[metric][0] if m in f else math.nan for m in methods] for _, _, f in lines]
+        grid = np.array(numbers)
+        image = axes.imshow(grid, cmap="RdYlGn", vmin=35, vmax=65, aspect="auto")
+        axes.set_xticks(range(len(methods)), methods)
+        axes.set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value, _ in lines])
+        axes.set_title(metric)
+        for (i, j), number in np.ndenumerate(grid):
+            if not math.isnan(number):
+                weight = "bold" if number == np.nanmax(grid[i]) else "normal"
+                axes.text(j, i, f"{number:.0f}", ha="center", va="center", weight=weight)
+    figure.colorbar(image, ax=[left, right], label="50 is the base of the same regime")
+    note = "A method is tied with the best within one standard error; a regime with one seed has the default's spread."
+    head, rows = regime_table(cells, preset.regime_methods)
+    parts = ["<h2>Regime map: where which method wins</h2>", _svg(figure), _table(head, rows)]
+    return [*parts, f"<p><small>{note}</small></p>"]
 
 
 def _bars(rows: Sequence[Cell], metric: str) -> str:
@@ -148,17 +151,18 @@ def _bars(rows: Sequence[Cell], metric: str) -> str:
     return _svg(figure)
 
 
-def _learning_rates(rows: Sequence[Cell], afd: Cell) -> str:
+def _learning_rates(rows: Mapping[float, Cell]) -> str:
     """Physics over the discriminator's learning rate; 1 is the main table's."""
     figure = Figure(figsize=(5.2, 2.6), layout="constrained")
     axes = figure.add_subplot()
-    points = sorted([(1.0, afd), *((D_LR[row.label], row) for row in rows)], key=lambda pair: pair[0])
-    numbers = [row.values["physics_total"] for _, row in points]
-    errors = [0.0 if math.isnan(error) else error for _, error, _ in numbers]
-    axes.errorbar(range(len(points)), [each[0] for each in numbers], yerr=errors, marker="o", color=_COLOURS["afd"])
-    axes.set_xticks(range(len(points)), [f"{scale:g}" for scale, _ in points])
+    for metric, line in zip(TOTALS, ("-", "--"), strict=True):
+        numbers = [row.values[metric] for row in rows.values()]
+        errors = [0.0 if math.isnan(error) else error for _, error, _ in numbers]
+        means = [mean for mean, _, _ in numbers]
+        axes.errorbar(range(len(rows)), means, yerr=errors, marker="o", ls=line, color=_COLOURS["afd"], label=metric)
+    axes.set_xticks(range(len(rows)), [f"{scale:g}" for scale in rows])
     axes.set_xlabel("discriminator's learning rate, of the default")
-    axes.set_ylabel("physics_total")
+    axes.legend(frameon=False)
     return _svg(figure)
 
 

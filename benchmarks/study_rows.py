@@ -45,8 +45,8 @@ ABLATIONS = {
     "min-max": ("nft.normalise_by=minmax",),
     "GAN loss for D": ("discriminator.loss=gan",),
 }
-D_LR = {"0": 0.0, "low": 0.2, "x2": 2.0, "high": 10.0}
-"""Multiples of the discriminator's learning rate once the student moves; 1 is the main table's AFD."""
+D_LR = {"low": 0.2, "x2": 2.0, "high": 10.0}
+"""Multiples of the discriminator's learning rate once the student moves; 1 is the main table's AFD, 0 the frozen D."""
 
 BEYOND = {
     "coupled 0.5": ("nft.noise_coupling=0.5",),
@@ -60,6 +60,9 @@ BEYOND = {
     "after SFT": (),
 }
 """What could make AFD better and is not in the paper."""
+
+STUDY_KEYS = ("learning_rate", "budget")
+"""Overrides that the study reads itself (`Row.own`): the student's rate, and a multiple of the search's updates."""
 
 REGIMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "teacher videos": {"20": ("20_videos", ()), "200": ("default", ()), "2000": ("2000_videos", ())},
@@ -76,6 +79,7 @@ REGIMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "codec": ("codec", ()),
     },
     "entropy": {"none": ("one_video_a_prompt", ()), "half": ("half_spread", ()), "whole": ("default", ())},
+    "updates": {"1 x": ("default", ()), "3 x": ("default", ("budget=3",))},
     "teacher's gravity": {"0.33": ("weak_gravity", ()), "1": ("default", ())},
 }
 """Axis -> value -> (world, further overrides); one thing is turned on at a time."""
@@ -114,6 +118,12 @@ class Row:
         """A name that is also a path."""
         words = (self.table, self.family, self.cell, self.label, f"seed_{self.seed}")
         return "/".join(word.replace(" ", "_").replace(".", "_") for word in words)
+
+    @property
+    def own(self) -> dict[str, float]:
+        """Values of the overrides in `STUDY_KEYS`."""
+        pairs = (each.partition("=") for each in self.overrides)
+        return {name: float(value) for name, _, value in pairs if name in STUDY_KEYS}
 
 
 @dataclass(frozen=True)

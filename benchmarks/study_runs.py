@@ -13,13 +13,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from study_measure import Measurement, measure_student, measure_teacher
-from study_rows import FAMILIES, METHODS, Preset, Row, settings_of
+from study_rows import FAMILIES, METHODS, STUDY_KEYS, Preset, Row, settings_of
 from study_scores import totals
 from study_worlds import WorldShards, make_world
 
@@ -232,12 +232,11 @@ class Plan:
 
 def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
     """What a row will run; touches nothing."""
-    preset, own = study.preset, [each for each in row.overrides if not each.startswith("learning_rate=")]
+    preset, own = study.preset, [each for each in row.overrides if each.partition("=")[0] not in STUDY_KEYS]
     sampling = [*world_overrides, *(each for each in own if each.startswith(("rollout.steps=", "student.")))]
     choice, training = None, list[str]()
     if row.method != "base":
-        given = [float(each.partition("=")[2]) for each in row.overrides if each.startswith("learning_rate=")]
-        choice = Choice(given[0], preset.steps) if given else study.choice(row.family, row.method)
+        choice = _choice(study, row)
         steps = choice.updates * (_DMD_PACE if row.method == "dmd" else 1)
         training = [
             f"rollout.group_size={preset.group_size}", *METHODS[row.method], *own, f"seed={row.seed}",
@@ -250,6 +249,13 @@ def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
     measured = [*averages, str((preset.heldout_prompts, preset.seeds_per_prompt, preset.long_prompts))]
     prints = settings_of(row, trained), settings_of(row, [*trained, *measured])
     return Plan(Path(FAMILIES[row.family]), sampling, training, choice, *prints)
+
+
+def _choice(study: Study, row: Row) -> Choice:
+    if "learning_rate" in row.own:
+        return Choice(row.own["learning_rate"], study.preset.steps)
+    chosen = study.choice(row.family, row.method)
+    return replace(chosen, updates=round(chosen.updates * row.own.get("budget", 1.0)))
 
 
 def _commits(preset: Preset, row: Row, steps: int) -> tuple[str, ...]:

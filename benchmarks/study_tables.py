@@ -132,14 +132,41 @@ def regime_lines(cells: Sequence[Cell], methods: Sequence[str]) -> list[tuple[st
     return lines
 
 
-def best_of(cells: Mapping[str, Cell], metric: str = "physics_total") -> str:
-    """The method with the highest mean, and those within one combined standard error of it."""
+def best_of(cells: Mapping[str, Cell], metric: str, spread: Mapping[str, float] | None = None) -> str:
+    """The method with the highest mean, and those within one combined standard error of it. Where there is one seed,
+    the error is the `spread` of one run of that method, if known."""
     known = {name: each.values[metric] for name, each in cells.items() if metric in each.values}
     if not known:
         return "-"
+    for name, (mean, error, seeds) in known.items():
+        known[name] = (mean, (spread or {}).get(name, error) if seeds == 1 else error, seeds)
     first = max(known, key=lambda name: known[name][0])
     close = [name for name in known if name != first and _distance(known[first], known[name]) <= 1.0]
     return first + (f" (tied: {', '.join(close)})" if close else "")
+
+
+def regime_table(cells: Sequence[Cell], methods: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines of the regime map: both totals of each method, and who is best on each."""
+    head = [
+        "regime",
+        *(f"{method}: physics, general" for method in methods),
+        "best on physics",
+        "best on general quality",
+    ]
+    own = {name: find(cells, "main", "chunk_wise", name) for name in methods}
+    spreads = {
+        metric: {
+            name: each.values[metric][1] * each.values[metric][2] ** 0.5
+            for name, each in own.items()
+            if each is not None and metric in each.values
+        }
+        for metric in TOTALS
+    }
+    rows = []
+    for axis, value, found in regime_lines(cells, methods):
+        texts = [", ".join(map(found[name].text, TOTALS)) if name in found else "-" for name in methods]
+        rows.append([f"{axis}: {value}", *texts, *(best_of(found, metric, spreads[metric]) for metric in TOTALS)])
+    return head, rows
 
 
 def _distance(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
@@ -202,14 +229,11 @@ def write_tables(out: Path, preset: Preset, choices: Mapping[tuple[str, str], An
             for cell in (each for each in cells if each.table == table):
                 seeds = max(each[2] for each in cell.values.values())
                 parts.append(f"| {cell.family} | {cell.label} | {seeds} | {' | '.join(map(cell.text, metrics))} |")
-    lines = regime_lines(cells, preset.regime_methods)
-    if lines:
-        methods = ("base", *preset.regime_methods)
-        parts += ["", "## regime: physics_total", f"| axis | value | {' | '.join(methods)} | best |"]
-        parts.append("|---" * (len(methods) + 3) + "|")
-        for axis, value, found in lines:
-            texts = [found[name].text("physics_total") if name in found else "-" for name in methods]
-            parts.append(f"| {axis} | {value} | {' | '.join(texts)} | {best_of(found)} |")
+    head, rows = regime_table(cells, preset.regime_methods)
+    if rows:
+        parts += ["", "## regime map (50 is the base of the same regime)", f"| {' | '.join(head)} |"]
+        parts.append("|---" * len(head) + "|")
+        parts += [f"| {' | '.join(row)} |" for row in rows]
     text = "\n".join(parts) + "\n"
     (out / "tables.md").write_text(text)
     _write_csv(out / "tables.csv", cells)

@@ -33,7 +33,7 @@ class Clock:
         if row.method == "base":
             return measuring
         warmup = preset.warmup_steps * WARMUP_S if row.method in ("afd", "gan") else 0.0
-        training = (updates or preset.steps) * STEP_S[row.method] + warmup
+        training = (updates or preset.steps * row.own.get("budget", 1.0)) * STEP_S[row.method] + warmup
         estimate = START_S + slower * training * preset.rollouts / 32 + measuring
         estimated, measured = self._spent[row.method]
         return estimate * (measured / estimated if estimated else 1.0)

@@ -48,7 +48,7 @@ def test_the_paper_preset_holds_what_was_asked_for(parts: Any) -> None:
     assert {row.method for row in main} == {"base", "sft", "gan", "dmd", "afd"}
     assert preset.search_prompts + preset.validation_prompts == 200
     assert len(preset.seeds) >= 3
-    assert {row.label for row in rows if row.table == "d_lr"} == {"0", "low", "x2", "high"}
+    assert {row.label for row in rows if row.table == "d_lr"} == {"low", "x2", "high"}, "0 is the ablation's frozen D"
     assert len(preset.averages) > 1, "a slow average hides what a student learned last"
     searched = {(row.family, row.method) for row in parts.study_rows.search_rows(preset, rows)}
     assert searched == {(row.family, row.method) for row in main if row.method != "base"}, "one budget for all"
@@ -105,7 +105,24 @@ def test_means_errors_and_verdicts_over_seeds(parts: Any, tmp_path: Path) -> Non
     worse = "chunk_wise: weighting the last denoising step alone is worse than forward-process credit"
     assert answers[worse].startswith("yes: ")
     assert answers["frame_wise: AFD is best or tied on physics"] == "not run"
-    assert tables.best_of({each.label: each for each in cells if each.table == "main"}) == "afd"
+    assert tables.best_of({each.label: each for each in cells if each.table == "main"}, "physics_total") == "afd"
+
+
+def test_one_seed_is_compared_with_the_spread_of_the_default_regime(parts: Any, tmp_path: Path) -> None:
+    tables = parts.study_tables
+    rows = [row_of(0, "base", 0.6)]
+    rows += [row_of(seed, "afd", value) for seed, value in enumerate((0.30, 0.34, 0.32))]
+    rows += [row_of(seed, "sft", value) for seed, value in enumerate((0.50, 0.52, 0.54))]
+    there = {"table": "regime", "cell": "teacher videos 20"}
+    for method, value in (("base", 0.6), ("afd", 0.31), ("sft", 0.30)):
+        row = row_of(0, method, value) | there
+        rows.append(row | {"id": f"regime/{row['id']}"})
+    tables.append_rows(tmp_path / "rows.csv", rows)
+    tables.append_rows(tmp_path / "teachers.csv", [{"world": "default", "sharpness": 0.42}])
+    head, lines = tables.regime_table(tables.collect(tmp_path), ("sft", "afd"))
+    assert head[0] == "regime"
+    best = {line[0]: line[-2] for line in lines}
+    assert best == {"teacher videos: 20": "sft (tied: afd)", "teacher videos: 200": "afd"}
 
 
 def test_rows_are_appended_once_and_never_under_other_columns(parts: Any, tmp_path: Path) -> None:
