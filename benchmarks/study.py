@@ -62,10 +62,14 @@ def main() -> int:
         preset = replace(preset, searched=arguments.searched)
     study = Study(preset, arguments.out.resolve())
     rows = [
-        row for row in build_rows(preset, arguments.only, arguments.families) if fnmatchcase(row.id, arguments.match)
+        row
+        for row in build_rows(preset, arguments.only, arguments.families)
+        if any(fnmatchcase(row.id, pattern) for pattern in arguments.match)
     ]
     if not rows:
-        sys.stderr.write(f"error: --match must fit the id of a row (--dry_run shows them), got {arguments.match}\n")
+        sys.stderr.write(
+            f"error: --match must fit the id of a row (--dry_run shows them), got {' '.join(arguments.match)}\n"
+        )
         return 2
     searches = search_rows(preset, rows)
     runner = Runner(study, devices=_devices(arguments.jobs), clock=Clock(preset))
@@ -102,7 +106,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", type=_names_of(TABLES), default=TABLES, help=f"tables, of {','.join(TABLES)}")
     every = tuple(FAMILIES)
     parser.add_argument("--families", type=_names_of(every), default=every, help=f"students, of {','.join(every)}")
-    parser.add_argument("--match", default="*", help="ids of the rows wanted, as a shell pattern: '*/frozen_D/*'")
+    parser.add_argument(
+        "--match", nargs="+", default=["*"], help="ids of the rows wanted, as shell patterns: '*/frozen_D/*' 'main/*'"
+    )
     parser.add_argument(
         "--searched", type=_names_of(every),
         help="families with their own search, else the first family's (default: the preset's)",

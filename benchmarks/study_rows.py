@@ -142,6 +142,7 @@ class Preset:
         search_prompts, validation_prompts: training prompts that the search trains on, and judges by.
         heldout_prompts, seeds_per_prompt: clips of the one final measurement; `long_prompts` of three times the length.
         real_score_steps: supervised updates of DMD's real score.
+        ablated_families: of the ablations; what comes after them is of the first family.
         extra: overrides of every run.
     """
 
@@ -187,6 +188,7 @@ PRESETS = {
         real_score_steps=600, seeds=(0, 1, 2), families=("chunk_wise", "frame_wise"),
         methods=("sft", "gan", "dmd", "afd"), ablations=tuple(ABLATIONS), d_lr=tuple(D_LR), beyond=tuple(BEYOND),
         regimes=_EVERY_REGIME, regime_methods=("sft", "gan", "dmd", "afd"), regime_seeds=(0,),
+        ablated_families=("chunk_wise", "frame_wise"),
     ),
     "quick": Preset(
         name="quick", rollouts=16, group_size=4, steps=24, warmup_steps=24,
@@ -248,7 +250,8 @@ def build_rows(
         ("d_lr", preset.d_lr, {name: (f"discriminator.lr_scale={scale}",) for name, scale in D_LR.items()}),
         ("beyond", preset.beyond, BEYOND),
     ):
-        for family in preset.ablated_families if table in only else ():
+        families_of_table = preset.ablated_families if table == "ablations" else preset.families[:1]
+        for family in families_of_table if table in only else ():
             for label in labels:
                 rows += [_of_afd(table, family, label, seed, overrides_of[label]) for seed in preset.seeds]
     for axis, value in preset.regimes if "regime" in only else ():
