@@ -158,18 +158,20 @@ def test_a_pattern_picks_rows_and_one_that_fits_none_is_refused(
     study = importlib.import_module("study")
     monkeypatch.chdir(ROOT)
 
-    def planned(pattern: str) -> tuple[int, str]:
-        arguments = ["--preset", "paper", "--dry_run", "--match", pattern]
+    def planned(*patterns: str) -> tuple[int, str]:
+        arguments = ["--preset", "paper", "--dry_run", "--match", *patterns]
         monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
         code = study.main()
         texts = capsys.readouterr()
         return code, texts.err if code else texts.out
 
-    code, text = planned("*/terminal_only/*")
+    code, text = planned("*/chunk_wise/*/terminal_only/*", "main/*/base/*")
     ids = [line.partition(":")[0] for line in text.splitlines() if "/seed_" in line]
     assert code == 0
-    assert ids[-3:] == [f"ablations/chunk_wise/default/terminal_only/seed_{seed}" for seed in range(3)]
-    assert all(each.startswith("search/chunk_wise/default/afd_") for each in ids[:-3])
+    expected = [f"main/{family}/default/base/seed_0" for family in ("chunk_wise", "frame_wise")]
+    expected += [f"ablations/chunk_wise/default/terminal_only/seed_{seed}" for seed in range(3)]
+    assert ids[-5:] == expected
+    assert all(each.startswith("search/chunk_wise/default/afd_") for each in ids[:-5])
     assert planned("*/terminal/*") == (
         2, "error: --match must fit the id of a row (--dry_run shows them), got */terminal/*\n",
     )  # fmt: skip
