@@ -144,7 +144,8 @@ def _update(work: Workload) -> list[Transfer]:
     whole = 0 if work.lagging_beside or work.student.stage < 3 else passes.lagging - apart
     transfers = [_whole(work.learner)] * whole + _optimizer_step(work, work.learner, passes=apart + passes.repeats)
     if passes.guide == "scores" and work.critic is not None and work.critic.engine.stage == 3:
-        transfers.append(_whole(work.critic))
+        gathers = 2 * work.student.accumulation  # a micro batch: the critic's weights, then the real score's
+        transfers += [_whole(work.critic)] * gathers
     if passes.guide == "discriminator" and work.discriminator is not None and work.discriminator.stage == 3:
         tensors = [size for part in work.discriminator_tensors for size in part]
         size = _padded(tensors, work.num_gpus) * work.discriminator.width

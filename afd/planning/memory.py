@@ -21,10 +21,11 @@ from afd.planning.activations import (
 )
 from afd.planning.operations import student_layout, video_grid
 from afd.planning.parameters import adapted_weights
-from afd.planning.workload import REAL_SCORE_WIDTH, EngineSettings, Learner, Workload
+from afd.planning.workload import EngineSettings, Learner, Workload
 
 GIB = 2**30
 _MASTER, _MOMENTS, _AVERAGE = 4, 8, 4  # bytes per trained parameter
+_AVERAGES = "averages (old, ema, reference)"
 _PEAKS = {
     "discriminator": ("discriminator", "decoding"),
     "critic": ("critic", "critic optimizer"),
@@ -109,10 +110,9 @@ def _held(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     """What stays, on the device and on the host: both learners with all that is theirs, discriminator, real score."""
     held, host = _states(work, work.learner)
     if work.critic is not None:
-        critic = _states(work, work.critic)
-        name = "critic (weights, gradients, optimizer, bucket)"
-        held[name], host[name] = (sum(parts.values()) for parts in critic)
-        held["real score (whole)"] = work.critic.parameters.total * REAL_SCORE_WIDTH
+        for place, parts in zip((held, host), _states(work, work.critic), strict=True):
+            place["real score (float32)"] = parts.pop(_AVERAGES, 0)
+            place["critic (weights, gradients, optimizer, bucket)"] = sum(parts.values())
     held["discriminator (weights, optimizer)"] = _discriminator_states(work)
     held["decoder of what a VLM is shown"] = work.vlm.decoder_bytes if work.vlm is not None else 0
     return held, {name: size for name, size in host.items() if size}
@@ -127,12 +127,12 @@ def _states(work: Workload, learner: Learner) -> tuple[dict[str, int], dict[str,
         "second copy of the weights (hpZ)": learner.weights * engine.width // engine.hpz if engine.hpz > 1 else 0,
         "gradients": trained * engine.grad_width // work.num_gpus if engine.stage == 3 else 0,
         "optimizer (masters, moments)": trained * (_MASTER + _MOMENTS) // _shards(work, engine, 1),
-        "averages (old, ema, reference)": learner.averages * trained * _AVERAGE // _shards(work, engine, 3),
+        _AVERAGES: learner.averages * trained * _AVERAGE // _shards(work, engine, 3),
         "reduce bucket": engine.reduce_bucket * engine.width if engine.stage == 3 else 0,
     }
     host: dict[str, int] = {}
     if engine.offloads_optimizer:
-        moved = ("gradients", "optimizer (masters, moments)", "averages (old, ema, reference)")
+        moved = ("gradients", "optimizer (masters, moments)", _AVERAGES)
         host = {name: held[name] for name in moved}
         held |= dict.fromkeys(moved, 0)
     if engine.offloads_weights:
@@ -156,11 +156,9 @@ def _clips(work: Workload, count: int) -> int:
     return count * work.rollouts_per_gpu * channels * frames * height * width * 4
 
 
-def _swap(work: Workload) -> int:
-    """The student's own weights, set aside while an average is applied."""
-    if not work.passes.lagging:
-        return 0
-    return work.parameters.trained * work.student.width // _shards(work, work.student, 3)
+def _swap(work: Workload, learner: Learner) -> int:
+    """A model's own weights, set aside while an average is applied."""
+    return learner.parameters.trained * learner.engine.width // _shards(work, learner.engine, 3)
 
 
 def _whole_weights(work: Workload, learner: Learner) -> int:
@@ -192,7 +190,7 @@ def _rollout(work: Workload) -> dict[str, int]:
     working = chunk * (6 * shape.dim * float32 + 2 * shape.ffn_dim)
     return {
         "gathered student": _whole_weights(work, work.learner),
-        "swapped-out weights": _swap(work) if work.passes.has_old_pass else 0,
+        "swapped-out weights": _swap(work, work.learner) if work.passes.has_old_pass else 0,
         "merged weights": _merged(work),
         "KV cache": (2 * shape.num_layers * tokens * shape.dim + prompt) * engine.width,
         "activations": working * engine.width,
@@ -280,9 +278,7 @@ def _kept_frozen_blocks(work: Workload) -> int:
 
 
 def _gathered_guide(work: Workload) -> dict[str, int]:
-    """What is whole during the student's update: the discriminator's weights, or the critic's."""
-    if work.passes.guide == "scores" and work.critic is not None:
-        return {"gathered critic": _whole_weights(work, work.critic)}
+    """What is whole during the student's update: the discriminator's weights."""
     engine = work.discriminator
     if work.passes.guide is None or engine is None or engine.stage < 3 or work.num_gpus == 1:
         return {}
@@ -292,7 +288,11 @@ def _gathered_guide(work: Workload) -> dict[str, int]:
 def _slope(work: Workload) -> dict[str, int]:
     """The student's graph, kept, while its guide tells a micro batch's clips where to go."""
     engine, learner = work.student, work.learner
-    return {
+    scores = {} if work.critic is None else {
+        "gathered critic or real score": _whole_weights(work, work.critic),
+        "swapped-out critic": _swap(work, work.critic),
+    }  # fmt: skip
+    return scores | {
         "gathered block": _gathered_blocks(work, learner),
         "gradients": work.parameters.trained * engine.grad_width if engine.stage < 3 else 0,
         "activations": saved_bytes(work.training_pass(learner), is_checkpointed=learner.is_checkpointed),
@@ -339,7 +339,7 @@ def _velocities(work: Workload) -> dict[str, int]:
     return {
         "gathered student": _whole_weights(work, work.learner) if work.gathers_once else 0,
         "gathered block": 0 if work.gathers_once else _gathered_blocks(work, work.learner),
-        "swapped-out weights": _swap(work),
+        "swapped-out weights": _swap(work, work.learner),
         "activations": forward_workspace_bytes(work.training_pass(work.learner)),
         "rollouts, states, velocities": _clips(work, 6),
     }

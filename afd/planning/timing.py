@@ -242,10 +242,9 @@ def _guide_work(work: Workload) -> tuple[list[Load], float]:
     engine, micro = work.discriminator, work.student.micro
     if work.critic is not None:
         forward = student_pass(work.critic.shape, work.latents, batch=micro, teacher_forcing=False)
-        widths = [each.width / work.critic.engine.width for each in work.score_passes]
-        tokens = work.score_passes[0].tokens
-        moved = sum(widths) * _elementwise(work.critic, tokens, _ELEMENTWISE_FORWARD)
-        return [Load(forward, [], False, len(widths))], moved
+        passes = work.score_passes
+        moved = len(passes) * _elementwise(work.critic, passes[0].tokens, _ELEMENTWISE_FORWARD)
+        return [Load(forward, [], False, len(passes))], moved
     if work.passes.guide is None or engine is None:
         return [], 0.0
     clips, recomputes = micro * work.windows[0], False

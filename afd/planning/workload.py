@@ -24,7 +24,6 @@ _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bu
 _DEFAULT_SUB_GROUP = 1_000_000_000
 _DEFAULT_PREFETCH = 50_000_000
 _AVERAGES = 3  # of the student: old policy, evaluated weights, initial weights; every objective keeps them
-REAL_SCORE_WIDTH = 4  # bytes of a weight of objective dmd's real score: `load_student` gives float32
 
 
 @dataclass(frozen=True)
@@ -253,10 +252,7 @@ class Workload:
     @property
     def score_passes(self) -> list[PassShape]:
         """Forwards without gradient of the critic and of the real score over a micro batch of the student's update."""
-        if self.critic is None:
-            return []
-        one = replace(self.training_pass(self.critic), batch=self.student.micro)
-        return [one, replace(one, width=REAL_SCORE_WIDTH)]
+        return [replace(self.training_pass(self.critic), batch=self.student.micro)] * 2 if self.critic else []
 
 
 def build_workload(
@@ -320,11 +316,13 @@ def _copies_keys(impl: str | None) -> bool:
 
 
 def _critic(config: RunConfig, shape: StudentShape, engine: EngineSettings) -> Learner:
-    """All of its weights learn; it recomputes its blocks where the student does."""
+    """All of its weights learn, it recomputes its blocks where the student does, and its one average, the real score,
+    stays where it started."""
     return Learner(
         shape,
         engine,
         LoRASection(),
         is_checkpointed=config.student.gradient_checkpointing,
         copies_keys=_copies_keys(shape.attention_impl),
+        averages=1,
     )

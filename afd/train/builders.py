@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -72,33 +75,37 @@ def _student_blocks(module: nn.Module) -> tuple[type[nn.Module], ...]:
     return (CausalBlock,) if any(isinstance(each, CausalBlock) for each in module.modules()) else ()
 
 
-def _build_scores(config: RunConfig, *, world: World) -> tuple[Engine | None, CausalStudent | None]:
-    """The critic's engine and the frozen real score of objective dmd, both from the same file.
+def _build_scores(config: RunConfig, *, world: World) -> tuple[Engine | None, ParameterAverage | None]:
+    """The critic's engine and the frozen real score of objective dmd: the weights that the critic starts from.
 
     The critic recomputes its blocks where the student does.
     """
     if config.objective != "dmd" or config.dmd.real_score is None:
         return None, None
-    real_score = load_student(config.dmd.real_score).to(world.device).requires_grad_(False)
-    recompute = {"gradient_checkpointing": config.student.gradient_checkpointing}
-    critic = load_student(config.dmd.real_score, config=recompute).to(world.device)
-    return build_engine(critic, load_ds_config(config.dmd.ds_config), leaf_modules=(CausalBlock,)), real_score
+    ds_critic = load_ds_config(config.dmd.ds_config)
+    critic = _load_for(ds_critic, config.dmd.real_score, {}).to(world.device)
+    critic.gradient_checkpointing = config.student.gradient_checkpointing
+    engine = build_engine(critic, ds_critic, leaf_modules=(CausalBlock,))
+    return engine, ParameterAverage(engine, decay=1.0, name="real score")
 
 
 def build_student(config: RunConfig, plan: RunPlan, ds_student: DSConfig) -> CausalStudent:
-    """The initial student as it is trained: with adapters when LoRA is asked for, the old policy's beside them.
+    """The initial student as it is trained: with adapters when LoRA is asked for, the old policy's beside them."""
+    return train_ready(_load_for(ds_student, plan.student_path, config.student.model_dump()), config)
 
-    Weights may come in any format. Under ZeRO-3 each rank holds its shard of every parameter from the start, and reads
-    one tensor at a time: no rank ever holds the model.
+
+def _load_for(ds_config: DSConfig, path: Path, given: dict[str, Any]) -> CausalStudent:
+    """A student's file of any format as the module of an engine.
+
+    Under ZeRO-3 each rank holds its shard of every parameter from the start, and reads one tensor at a time: no rank
+    ever holds the model.
     """
-    given = config.student.model_dump()
-    if ds_student.get("zero_optimization", {}).get("stage") == 3:
-        file = open_student(plan.student_path, given)
-        student = build_sharded(lambda: CausalStudent(file.shape), ds_student)
-        fill_student(student, file.source, write_shard)
-    else:
-        student = load_student(plan.student_path, config=given)
-    return train_ready(student, config)
+    if ds_config.get("zero_optimization", {}).get("stage") != 3:
+        return load_student(path, config=given)
+    file = open_student(path, given)
+    student = build_sharded(lambda: CausalStudent(file.shape), ds_config)
+    fill_student(student, file.source, write_shard)
+    return student
 
 
 def train_ready(student: CausalStudent, config: RunConfig) -> CausalStudent:

@@ -6,6 +6,8 @@ any chunk length; one chunk is a bidirectional model), this is the baseline that
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ from afd.config import RunConfig
 from afd.diffusion.flow_matching import add_noise, shift_time, x0_from_velocity
 from afd.distributed import World
 from afd.rollout import sampler_times
-from afd.train.engines import gathered
+from afd.train.averaging import ParameterAverage
+from afd.train.engines import Engine, gathered
 from afd.train.gan_objective import last_step_in_parallel, truncated
 from afd.train.objectives import EXIT, FORWARD, Roles, StepTimer, roll_out, sample_generators
 from afd.train.student_step import step_student
@@ -42,6 +45,19 @@ def noised(clips: Tensor, generators: list[torch.Generator], config: RunConfig) 
     t = shift_time(low + (high - low) * uniforms, config.rollout.shift).to(clips.device)
     t = t[:, None].expand(-1, clips.shape[2]).contiguous()
     return add_noise(clips, eps, t), eps, t
+
+
+@torch.no_grad()
+def both_estimates(
+    critic: Engine, real_score: ParameterAverage, x_t: Tensor, t: Tensor, prompt: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x0 [B, C, F, H, W] as the critic and as the real score, which are one module with two sets of weights, see it in
+    x_t [B, C, F, H, W] at t [B, F]; collective. No rank holds more than one of them whole, and none afterwards."""
+    found = []
+    for weights in (nullcontext(), real_score.applied()):
+        with weights, gathered(critic) as score:
+            found.append(x0_from_velocity(x_t, score(x_t, t, prompt), t))
+    return found[0], found[1]
 
 
 def dmd_step(
@@ -77,16 +93,13 @@ def dmd_step(
     if (step + 1) % config.dmd.critic_steps:
         return metrics
     _, eps, t = noised(x_s.latents, sample_generators(teacher, group_size, config.seed, FORWARD, step, 1), config)
-    with timer.phase("update"), gathered(critic) as fake_score:
+    with timer.phase("update"):
 
         def matching(clip: Tensor, prompt: Tensor, noise: Tensor, eps: Tensor, t: Tensor):
             x0 = last_step_in_parallel(engine, clip, prompt, noise, times, engine.module.shape)
-            with torch.no_grad():
-                x_t = add_noise(x0, eps, t)
-                estimates = [x0_from_velocity(x_t, score(x_t, t, prompt), t) for score in (fake_score, real_score)]
-                slope = dmd_gradient(x0, *estimates)
-            surrogate = (x0 * slope).mean()
-            return surrogate, {"student/dmd_gradient": slope.abs().mean()}
+            x_t = add_noise(x0.detach(), eps, t)
+            slope = dmd_gradient(x0.detach(), *both_estimates(critic, real_score, x_t, t, prompt))
+            return (x0 * slope).mean(), {"student/dmd_gradient": slope.abs().mean()}
 
         metrics |= step_student(engine, (x_s.latents, x_s.prompt_embeds, noise, eps, t), matching)
     roles.old.update(engine.global_steps)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from afd.config import RunConfig
 from afd.diffusion.advantage import group_advantage, normalise_advantage, optimality_weight
@@ -40,8 +40,8 @@ class Roles:
     """None where the objective never asks it."""
     critic: Engine | None = None
     """The fake score of objective dmd: a velocity model of the student's own clips."""
-    real_score: nn.Module | None = None
-    """The real score of objective dmd: a frozen velocity model of the teacher's videos."""
+    real_score: ParameterAverage | None = None
+    """The real score of objective dmd, a frozen velocity model of the teacher's videos: the critic's first weights."""
     view: DiscriminatorView = latent_view
     """What the discriminator is shown of a clip and its prompt."""
 

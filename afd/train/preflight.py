@@ -93,6 +93,8 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     )
     _check_prompts(config, student_batch[0])
     _check_zero(ds_student)
+    if critic_batch:
+        _check_zero(ds_configs[2], " of dmd.ds_config")
     check_lr_owner(config, ds_student, ds_discriminator)
     _check_objective(config, shape)
     if config.nft.baseline == "group" and config.rollout.group_size == 1:
@@ -222,12 +224,12 @@ def _check_objective(config: RunConfig, shape: StudentShape) -> None:
         )
 
 
-def _check_zero(ds_student: DSConfig) -> None:
-    zero = ds_student.get("zero_optimization", {})
+def _check_zero(ds_config: DSConfig, of: str = "") -> None:
+    zero = ds_config.get("zero_optimization", {})
     if zero.get("stage") == 3 and zero.get("stage3_param_persistence_threshold") != 0:
         raise ConfigError(
-            "zero_optimization.stage3_param_persistence_threshold must be 0 (averages are swapped shard by shard), "
-            f"got {zero.get('stage3_param_persistence_threshold')}"
+            f"zero_optimization.stage3_param_persistence_threshold{of} must be 0 (averages are swapped shard by "
+            f"shard), got {zero.get('stage3_param_persistence_threshold')}"
         )
 
 

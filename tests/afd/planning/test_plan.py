@@ -120,7 +120,7 @@ def test_every_objective_is_planned_by_its_own_phases(objective: str, capsys: py
     held, parameters = data["memory"]["held"], data["parameters"]
     assert bool(held["discriminator (weights, optimizer)"]) == bool(parameters["discriminator"])
     assert ("discriminator" in PHASES[objective]) == bool(parameters["discriminator"])
-    assert held.get("real score (whole)", 0) == 4 * parameters.get("real_score", 0)
+    assert held.get("real score (float32)", 0) == 4 * parameters.get("real_score", 0) // 8
     assert main(command) == 0
     text = capsys.readouterr().out
     assert [name for name in ("rollout", "discriminator", "critic", "update") if f"\n| {name} | " in text] == (
@@ -137,7 +137,7 @@ def test_a_mean_step_of_dmd_holds_its_share_of_an_update_and_the_peak_all_of_it(
     assert fifth.step.phases["update"].flops == pytest.approx(every.step.phases["update"].flops / 5)
     assert fifth.step.phases["critic"] == every.step.phases["critic"]
     assert fifth.memory == every.memory
-    assert fifth.memory.phases["update"]["gathered critic"] == 2 * fifth.workload.critic.parameters.total
+    assert fifth.memory.phases["slope"]["gathered critic or real score"] == 2 * fifth.workload.critic.parameters.total
     kept, recomputed = (
         plan_of(WAN, "objective=dmd", f"student.gradient_checkpointing={each}")[0] for each in ("false", "true")
     )
