@@ -83,8 +83,8 @@ class DMDSection(Section):
     """Distribution matching distillation, read when objective is dmd."""
 
     real_score: Path | None = None
-    """Student file whose velocity stands for the teacher's score. The critic starts from it, and holds these first weights
-    beside its own, in shards."""
+    """Student file whose velocity stands for the teacher's score. The critic starts from it, and holds these
+    first weights beside its own, in shards."""
     ds_config: Path = Path("configs/zero3.json")
     """DeepSpeed JSON of the critic's engine."""
     critic_steps: Positive = 5
