@@ -39,7 +39,7 @@ def main() -> int:
     """Train with the judge watched, then write what was seen; returns the training command's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--label", required=True, help="name of this run in the results")
-    parser.add_argument("--config", default="configs/physics.yaml")
+    parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perfect", action="store_true", help="score rollouts by their true gravity error")
     parser.add_argument("--window", type=int, default=50, help="steps to a row")
