@@ -28,7 +28,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from measurement import describe_commit, describe_versions
-from scaling_runs import GATHERS, PHASES, QUICKSTART, ROOT, RUNS, Found, ds_config, run
+from scaling_runs import CHUNK_WISE, GATHERS, PHASES, ROOT, RUNS, Found, ds_config, run
 
 from afd.config_file import load_config
 from afd.models.encoders import latent_shape
@@ -74,7 +74,7 @@ class Row:
 
 def cpu_workload(batch: int, ranks: int) -> Workload:
     """The quick start's student at another batch."""
-    config = load_config(QUICKSTART)
+    config = load_config(CHUNK_WISE)
     pair = [ds_config(stage, batch, ranks) for stage in (3, 2)]
     student, discriminator = (engine_settings(each, batch_arithmetic(each, ranks)) for each in pair)
     return build_workload(

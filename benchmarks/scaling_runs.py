@@ -24,7 +24,7 @@ from tqdm import tqdm
 from afd.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+CHUNK_WISE = ROOT / "configs" / "chunk_wise.yaml"
 PHASES = ("rollout", "discriminator", "update")
 GATHERS = {"small": (2**10, 100), "large": (2**21, 10)}
 """Timed gathers: bytes of the whole tensor, calls in a row."""
@@ -154,7 +154,7 @@ class Steps:
         from afd.types import VideoBatch
 
         self.world, self.count = world, 0
-        self.config = load_config(QUICKSTART, [f"output_dir={output}"])
+        self.config = load_config(CHUNK_WISE, [f"output_dir={output}"])
         engines = [ds_config(stage, batch, world.size) for stage in (3, 2)]
         plan = plan_run(self.config, *engines, world_size=world.size)
         self.roles = build_roles(self.config, plan, *engines, world=world)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FAMILIES = {"chunk_wise": "configs/quickstart.yaml", "frame_wise": "configs/frame_wise.yaml"}
+FAMILIES = {"chunk_wise": "configs/chunk_wise.yaml", "frame_wise": "configs/frame_wise.yaml"}
 """A Self-Forcing-like student, three frames at a time, and a Causal-Forcing-like one, frame by frame with more steps
 for the first frame."""
 

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FRAME_WISE_BASE = QUICKSTART_ASSETS.parent / "frame_wise" / "student.safetensors"
 _JSONS = {"student": "configs/zero3.json", "discriminator": "configs/zero2_discriminator.json"}
 _DMD_PACE = 2  # steps to a student update
+_CRITIC_RATE = 6e-4
 
 
 class Interrupted(Exception):
@@ -188,15 +189,15 @@ def _data_overrides(shards: WorldShards, *, is_search: bool) -> list[str]:
 
 
 def write_jsons(study: Study, *, learning_rate: float) -> dict[str, Path]:
-    """DeepSpeed JSONs of one student learning rate; the discriminator's and the critic's rates stay the files' own."""
+    """DeepSpeed JSONs of one student learning rate; the discriminator's is the file's own, the critic's as high."""
     folder = study.out / "ds"
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for name, rate in (("student", learning_rate), ("critic", None), ("discriminator", None)):
+    for name, rate in (("student", learning_rate), ("critic", _CRITIC_RATE), ("discriminator", None)):
         content = json.loads((ROOT / _JSONS["discriminator" if name == "discriminator" else "student"]).read_text())
         content["train_batch_size"] = study.preset.rollouts
         content["optimizer"]["params"]["lr"] = rate or content["optimizer"]["params"]["lr"]
-        paths[name] = folder / (f"student_{rate:g}.json" if rate else f"{name}.json")
+        paths[name] = folder / (f"{name}_{rate:g}.json" if rate else f"{name}.json")
         temporary = paths[name].with_suffix(f".{threading.get_ident()}")
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         temporary.replace(paths[name])

@@ -13,7 +13,7 @@ from afd.data.schema import settings_fingerprint
 from afd.data.writer import shards_match, write_shards
 from afd.preparation import prepare_shards, shard_folders
 
-QUICKSTART = Path("configs/quickstart.yaml")
+CHUNK_WISE = Path("configs/chunk_wise.yaml")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def make_world(name: str, preset: Preset, out: Path) -> WorldShards:
         f"teacher.num_prompts={preset.search_prompts + preset.validation_prompts}",
         f"teacher.num_heldout_prompts={preset.heldout_prompts}",
     )
-    config = load_config(QUICKSTART, [f"output_dir={folder}", *sizes, *WORLDS[name]])
+    config = load_config(CHUNK_WISE, [f"output_dir={folder}", *sizes, *WORLDS[name]])
     prepare_shards(config, overwrite=True)
     train, heldout = shard_folders(config)
     samples = read_all(train)

@@ -16,7 +16,6 @@ FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))
 PAIRS = [
     ("zero3.json", "zero2_discriminator.json", 2),
-    ("zero3_physics.json", "zero2_discriminator.json", 2),
     ("zero3_h100.json", "zero2_discriminator_h100.json", 8),
     ("zero3_offload.json", "zero2_discriminator_h100.json", 8),
     ("zero3_h100_64.json", "zero2_discriminator_h100_64.json", 64),

@@ -71,7 +71,7 @@ def measure(index: int, case: dict[str, Any]) -> dict[str, Any]:
     critic.write_text(json.dumps(case["ds_critic"]))
     fixed = [f"student.init_from={path}", f"output_dir={options.result.parent / 'run'}"]
     fixed += [f"dmd.real_score={path}", f"dmd.ds_config={critic}"]
-    config = load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *case["overrides"]])
+    config = load_config(ROOT / "configs" / "chunk_wise.yaml", [*fixed, *case["overrides"]])
     ds_student, ds_discriminator = case["ds_student"], case["ds_discriminator"]
     one_step = STEPS[config.objective]
     gc.collect()

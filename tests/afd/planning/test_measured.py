@@ -24,7 +24,7 @@ from afd.train.objectives import EXIT
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("step_worker.py")
-QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+CHUNK_WISE = Path(__file__).parents[3] / "configs" / "chunk_wise.yaml"
 SHAPE = {"num_layers": 4, "num_heads": 4, "head_dim": 32, "ffn_dim": 512, "freq_dim": 64}
 KINDS: tuple[Kind, ...] = ("all_gather", "reduce_scatter", "all_reduce")
 SFT, GAN, DMD = (("objective=sft",), ("objective=gan",), ("objective=dmd", "dmd.critic_steps=1"))
@@ -79,7 +79,7 @@ CASES = {
 
 
 def workload(one: dict[str, Any], ranks: int) -> Workload:
-    config, shape = load_config(QUICKSTART, one["overrides"]), StudentShape(**one["shape"])
+    config, shape = load_config(CHUNK_WISE, one["overrides"]), StudentShape(**one["shape"])
     student, discriminator, critic = (
         engine_settings(one[name], batch_arithmetic(one[name], ranks))
         for name in ("ds_student", "ds_discriminator", "ds_critic")
@@ -99,7 +99,7 @@ def test_the_measured_steps_are_the_longest() -> None:
     """Step 2, whose collectives are counted; in step 1, whose peaks are, the first chunk may end earlier."""
     for ranks, cases in CASES.items():
         for name, one in cases.items():
-            config, passes = load_config(QUICKSTART, one["overrides"]), workload(one, ranks).passes
+            config, passes = load_config(CHUNK_WISE, one["overrides"]), workload(one, ranks).passes
             if passes.guide is not None:
                 ends = [truncated(sampler_times(config.rollout), (config.seed, EXIT, step)) for step in (1, 2)]
                 assert len(ends[0].times) == passes.num_times, name

@@ -10,11 +10,11 @@ from afd.planning.passes import StepPasses, step_passes
 from afd.rollout import sampler_times
 from afd.train.gan_objective import truncated
 
-QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+CHUNK_WISE = Path(__file__).parents[3] / "configs" / "chunk_wise.yaml"
 
 
 def passes(*overrides: str) -> StepPasses:
-    return step_passes(load_config(QUICKSTART, overrides))
+    return step_passes(load_config(CHUNK_WISE, overrides))
 
 
 def test_afd_alone_scores_and_follows_lagging_roles() -> None:
@@ -36,7 +36,7 @@ def test_only_sft_rolls_nothing_out_and_only_gan_trains_a_discriminator_beside_a
 @pytest.mark.parametrize("own", ["null", "[1000, 750, 500, 250]"])
 def test_rollouts_end_where_the_trainer_ends_them(own: str) -> None:
     overrides = ["objective=gan", "rollout.steps=[1000, 500, 250]", f"rollout.first_chunk_steps={own}"]
-    config = load_config(QUICKSTART, overrides)
+    config = load_config(CHUNK_WISE, overrides)
     drawn = (truncated(sampler_times(config.rollout), (seed,)) for seed in range(300))
     seen = {(len(each.of_chunk(0)), len(each.times)) for each in drawn}
     assert seen == set(step_passes(config).lengths)

@@ -199,7 +199,7 @@ def test_heads_and_hpz_that_do_not_divide_are_refused(changes: dict[str, Any], s
 
 
 def test_an_unknown_shape_is_named(tmp_path: Path) -> None:
-    config = load_config(CONFIGS / "quickstart.yaml", [f"student.init_from={tmp_path / 'none.pt'}"])
+    config = load_config(CONFIGS / "chunk_wise.yaml", [f"student.init_from={tmp_path / 'none.pt'}"])
     with pytest.raises(ConfigError, match=r"student\.in_channels must be written in the YAML to plan without"):
         planned_shape(config)
 

@@ -26,7 +26,7 @@ BATCH = 2
 def config_of(folder: Path, *overrides: str) -> RunConfig:
     keys = {"path": folder, "min_pixels": 256, "max_pixels": 256, "lora_rank": 4, "text_len": 90}
     given = [f"discriminator.vlm.{name}={value}" for name, value in keys.items()]
-    return load_config(ROOT / "configs" / "quickstart.yaml", ["discriminator.kind=vlm", *given, *overrides])
+    return load_config(ROOT / "configs" / "chunk_wise.yaml", ["discriminator.kind=vlm", *given, *overrides])
 
 
 def planned(config: RunConfig) -> VLMPlan:
@@ -65,7 +65,7 @@ def test_afd_plan_counts_the_vlm_and_says_what_it_does_not_know(
     keys = config.discriminator.vlm
     overrides = ["discriminator.kind=vlm", f"discriminator.vlm.path={vlm_folder}", "discriminator.vlm.lora_rank=4"]
     overrides += [f"discriminator.vlm.{name}={getattr(keys, name)}" for name in ("min_pixels", "max_pixels")]
-    command = ["plan", "--config", "configs/quickstart.yaml", "--ds_config", "configs/zero3.json", "--gpus", "1"]
+    command = ["plan", "--config", "configs/chunk_wise.yaml", "--ds_config", "configs/zero3.json", "--gpus", "1"]
     assert main([*command, *overrides]) == 0
     text = capsys.readouterr().out
     assert f"discriminator {planned(config).total:,}" in text
@@ -85,4 +85,4 @@ def test_one_vae_decodes_for_the_vlm_and_for_the_samples(vlm_folder: Path) -> No
 
 
 def test_other_discriminators_are_none_of_its_business() -> None:
-    assert plan_discriminator_vlm(load_config(ROOT / "configs" / "quickstart.yaml")) is None
+    assert plan_discriminator_vlm(load_config(ROOT / "configs" / "chunk_wise.yaml")) is None

@@ -59,7 +59,7 @@ class TinyRun:
         """The command line after the script; `rollout__group_size="2"` overrides `rollout.group_size`."""
         merged = self.knobs | {name.replace("__", "."): value for name, value in knobs.items()}
         overrides = [f"{name}={value}" for name, value in merged.items()]
-        config = str(ROOT / "configs" / "quickstart.yaml")
+        config = str(ROOT / "configs" / "chunk_wise.yaml")
         paths = ["--config", config, "--ds_config", str(self.inputs / ds), "--output_dir", str(self.output)]
         return [*paths, *flags, *overrides]
 

@@ -32,7 +32,7 @@ world = init_world(120)
 ds_config = load_ds_config(Path(__file__).parents[3] / "configs" / "zero3.json")
 if options.dtype == "bfloat16":
     ds_config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-config = load_config(Path(__file__).parents[3] / "configs" / "quickstart.yaml", options.overrides)
+config = load_config(Path(__file__).parents[3] / "configs" / "chunk_wise.yaml", options.overrides)
 live: list[int] = []
 
 

@@ -230,7 +230,7 @@ def test_the_original_names_come_back_bit_by_bit(tmp_path: Path) -> None:
     assert all(torch.equal(bare[name.removeprefix("model.")], tensor) for name, tensor in given.items())
     # Through a diffusers folder and back.
     family = tmp_path / "family.yaml"
-    family.write_text(dump_config(load_config(Path("configs/quickstart.yaml"))))
+    family.write_text(dump_config(load_config(Path("configs/chunk_wise.yaml"))))
     source = tmp_path / "ours.safetensors"
     assert export(source, tmp_path / "folder", "--config", str(family)) == 0
     assert export(tmp_path / "folder", tmp_path / "again.pt", "--format", "original") == 0

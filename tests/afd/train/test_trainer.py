@@ -73,7 +73,7 @@ def command(folder: Path, tiny_inputs: Path, tiny_knobs: dict[str, str]) -> Any:
 
     def build(name: str, *flags: str) -> list[str]:
         root = Path(__file__).parents[3]
-        script, config = root / "launch" / "train.py", root / "configs" / "quickstart.yaml"
+        script, config = root / "launch" / "train.py", root / "configs" / "chunk_wise.yaml"
         paths = ["--config", str(config), "--ds_config", str(tiny_inputs / "zero3.json")]
         state = {"discriminator.replay_share": "0.5", "student.lr_schedule.kind": "cosine"}
         overrides = [f"{key}={value}" for key, value in (tiny_knobs | state).items()]

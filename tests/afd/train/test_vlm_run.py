@@ -45,7 +45,7 @@ def test_view_decodes_with_the_codec_that_is_loaded_already(vlm_folder: Path, mo
 
     monkeypatch.setattr(discriminators, "load_codec", load)
     overrides = [f"{name}={value}" for name, value in knobs_for(vlm_folder).items()]
-    config = load_config(WORKER.parents[3] / "configs" / "quickstart.yaml", overrides)
+    config = load_config(WORKER.parents[3] / "configs" / "chunk_wise.yaml", overrides)
     here, codec = World(0, 0, 1, torch.device("cpu")), DCTCodec()
     build_view(config, here, codec=codec)
     assert not loaded, "the evaluator's serves both"

@@ -41,7 +41,7 @@ def configuration(student: Path, folder: Path, *overrides: str) -> RunConfig:
         f"video.num_frames={SHAPE[1]}",
         f"output_dir={folder / 'run'}",
     )
-    return load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, *overrides])
+    return load_config(ROOT / "configs" / "chunk_wise.yaml", [*fixed, *overrides])
 
 
 def batch_at(step: int, world: World) -> VideoBatch:
