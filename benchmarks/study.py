@@ -73,14 +73,8 @@ def main() -> int:
         return 2
     searches = search_rows(preset, rows)
     runner = Runner(study, devices=_devices(arguments.jobs), clock=Clock(preset))
-    runner.choose(searches)
-    left = runner.left(searches, study.out / "search.csv"), runner.left(rows, study.out / "rows.csv")
-    print(f"{len(searches) + len(rows) - sum(map(len, left))} rows are there already")
-    print(runner.clock.describe(*left, len(runner.devices)), flush=True)
+    runner.announce(searches, rows, in_full=arguments.dry_run)
     if arguments.dry_run:
-        for row in (*left[0], *left[1]):
-            plan = resolve(study, row, WORLDS[row.world])
-            print(f"{row.id}: {' '.join([*plan.sampling, *plan.training]) or 'measured only'}")
         return 0
     study.out.mkdir(parents=True, exist_ok=True)
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -145,6 +139,16 @@ class Runner:
         self.study, self.devices, self.clock = study, devices, clock
         self.problems: list[str] = []
         self._commit = commit_name()
+
+    def announce(self, searches: list[Row], rows: list[Row], *, in_full: bool) -> None:
+        """Print what is left to do and how long that takes; in full, what each row runs."""
+        self.choose(searches)
+        left = self.left(searches, self.study.out / "search.csv"), self.left(rows, self.study.out / "rows.csv")
+        print(f"{len(searches) + len(rows) - sum(map(len, left))} rows are there already")
+        print(self.clock.describe(*left, len(self.devices)), flush=True)
+        for row in (*left[0], *left[1]) if in_full else ():
+            plan = self._plan(row)
+            print(f"{row.id}: {' '.join([*plan.sampling, *plan.training]) or 'measured only'}")
 
     def search(self, rows: list[Row]) -> None:
         """Try every learning rate, look at every share of the steps and every average, and choose for each family and

@@ -92,9 +92,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
         gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
     )
     _check_prompts(config, student_batch[0])
-    _check_zero(ds_student)
-    if critic_batch:
-        _check_zero(ds_configs[2], " of dmd.ds_config")
+    _check_zero(ds_student, *ds_configs[2:])
     check_lr_owner(config, ds_student, ds_discriminator)
     _check_objective(config, shape)
     if config.nft.baseline == "group" and config.rollout.group_size == 1:
@@ -224,13 +222,14 @@ def _check_objective(config: RunConfig, shape: StudentShape) -> None:
         )
 
 
-def _check_zero(ds_config: DSConfig, of: str = "") -> None:
-    zero = ds_config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and zero.get("stage3_param_persistence_threshold") != 0:
-        raise ConfigError(
-            f"zero_optimization.stage3_param_persistence_threshold{of} must be 0 (averages are swapped shard by "
-            f"shard), got {zero.get('stage3_param_persistence_threshold')}"
-        )
+def _check_zero(ds_student: DSConfig, ds_critic: DSConfig | None = None) -> None:
+    for ds_config, of in ((ds_student, ""), (ds_critic or {}, " of dmd.ds_config")):
+        zero = ds_config.get("zero_optimization", {})
+        if zero.get("stage") == 3 and zero.get("stage3_param_persistence_threshold") != 0:
+            raise ConfigError(
+                f"zero_optimization.stage3_param_persistence_threshold{of} must be 0 (averages are swapped shard by "
+                f"shard), got {zero.get('stage3_param_persistence_threshold')}"
+            )
 
 
 def _check_disk(config: RunConfig, num_parameters: int) -> None:

@@ -261,6 +261,14 @@ def test_the_description_says_the_arithmetic_and_the_shapes(plan: Plan, tmp_path
     assert "velocities v, v_old  [" in without_prior
 
 
+def test_the_critics_parameters_may_not_persist_either(plan: Plan, tmp_path: Path) -> None:
+    critic = DS_STUDENT | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 3}}
+    (tmp_path / "critic.json").write_text(json.dumps(critic))
+    score = f"dmd.real_score={tmp_path / 'student.safetensors'}"
+    with pytest.raises(ConfigError, match=r"persistence_threshold of dmd\.ds_config must be 0 .*, got None"):
+        plan("objective=dmd", score, f"dmd.ds_config={tmp_path / 'critic.json'}")
+
+
 def test_the_description_is_the_objectives_own(plan: Plan, tmp_path: Path) -> None:
     score = [f"dmd.real_score={tmp_path / 'student.safetensors'}", f"dmd.ds_config={tmp_path / 'critic.json'}"]
     optimizer = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
