@@ -73,7 +73,7 @@ class Row:
 
 
 def cpu_workload(batch: int, ranks: int) -> Workload:
-    """The quick start's student at another batch."""
+    """The chunk-wise student at another batch."""
     config = load_config(CHUNK_WISE)
     pair = [ds_config(stage, batch, ranks) for stage in (3, 2)]
     student, discriminator = (engine_settings(each, batch_arithmetic(each, ranks)) for each in pair)
@@ -234,7 +234,7 @@ def document(path: Path, rows: list[Row], lines: list[str]) -> None:
     columns = "MB sent a rank and step: counted | formula | calls | s / step | spread | simulated | ratio"
     table = [
         f"Float32, {measured[0].device}, commit {measured[0].commit}:\n",
-        f"| quick start's student | ranks | rollouts | {columns} |",
+        f"| chunk-wise student | ranks | rollouts | {columns} |",
         "|---" * 10 + "|",
     ]
     for row in measured:

@@ -1,4 +1,4 @@
-"""The measured half of scaling.py: whole AFD steps of the quick start's student on one or two CPU ranks.
+"""The measured half of scaling.py: whole AFD steps of the chunk-wise student on one or two CPU ranks.
 
 Four processes live side by side and take turns, step by step, so that a slow minute of the machine hits every kind of
 step alike: one rank alone; two one-rank runs at once that exchange nothing (what sharing a machine costs); two ranks
