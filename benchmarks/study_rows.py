@@ -48,6 +48,7 @@ ABLATIONS = {
 D_LR = {"low": 0.2, "x2": 2.0, "high": 10.0}
 """Multiples of the discriminator's learning rate once the student moves; 1 is the main table's AFD, 0 the frozen D."""
 
+_AFTER_SFT = "after SFT"
 BEYOND = {
     "coupled 0.5": ("nft.noise_coupling=0.5",),
     "coupled 0.9": ("nft.noise_coupling=0.9",),
@@ -57,7 +58,7 @@ BEYOND = {
     "groups of 16": ("rollout.group_size=16",),
     "backbone D": ("discriminator.kind=backbone",),
     "two windows": ("discriminator.clip_frames=6", "discriminator.num_clips=2"),
-    "after SFT": (),
+    _AFTER_SFT: (),
 }
 """What could make AFD better and is not in the paper."""
 
@@ -142,7 +143,7 @@ class Preset:
         search_prompts, validation_prompts: training prompts that the search trains on, and judges by.
         heldout_prompts, seeds_per_prompt: clips of the one final measurement; `long_prompts` of three times the length.
         real_score_steps: supervised updates of DMD's real score.
-        ablated_families: of the ablations; what comes after them is of the first family.
+        ablated_families: of the ablations and of AFD after SFT; what else comes after them is of the first family.
         extra: overrides of every run.
     """
 
@@ -250,9 +251,9 @@ def build_rows(
         ("d_lr", preset.d_lr, {name: (f"discriminator.lr_scale={scale}",) for name, scale in D_LR.items()}),
         ("beyond", preset.beyond, BEYOND),
     ):
-        families_of_table = preset.ablated_families if table == "ablations" else preset.families[:1]
-        for family in families_of_table if table in only else ():
-            for label in labels:
+        for label in labels if table in only else ():
+            in_both = table == "ablations" or label == _AFTER_SFT
+            for family in preset.ablated_families if in_both else preset.families[:1]:
                 rows += [_of_afd(table, family, label, seed, overrides_of[label]) for seed in preset.seeds]
     for axis, value in preset.regimes if "regime" in only else ():
         world, more = REGIMES[axis][value]
@@ -265,7 +266,7 @@ def build_rows(
 
 
 def _of_afd(table: str, family: str, label: str, seed: int, overrides: tuple[str, ...]) -> Row:
-    after = Row("main", family, "sft", "sft", seed).id if label == "after SFT" else None
+    after = Row("main", family, "sft", "sft", seed).id if label == _AFTER_SFT else None
     return Row(table, family, "afd", label, seed, overrides=overrides, after=after)
 
 
