@@ -17,10 +17,10 @@ DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 def add_to(commands: Any) -> None:
     """Register the subcommands."""
-    pretrain = commands.add_parser("pretrain", help="make the quick start's base student and text encoder")
+    pretrain = commands.add_parser("pretrain", help="make a base student of the built-in world and its text encoder")
     add_config(pretrain)
     pretrain.add_argument("--out", type=Path, required=True, help="folder to write")
-    pretrain.set_defaults(run=_pretrain)
+    pretrain.set_defaults(run=_pretrain, config=Path("configs/chunk_wise.yaml"))
 
     convert = commands.add_parser("convert", help="student weights of any format -> one safetensors file")
     convert.add_argument("source", type=Path, help="a .pt, a diffusers folder, a commit, a safetensors file, ...")

@@ -86,7 +86,7 @@ class StudentShape(Section):
 
 
 class PretrainSection(Section):
-    """How the quick start's base student is made (`afd pretrain`); read by nothing else."""
+    """How a base student of the built-in world is made (`afd pretrain`); read by nothing else."""
 
     num_videos: Positive = 24000
     """Videos of the wrong-physics mixture."""

@@ -1,4 +1,4 @@
-"""Makes the quick start's base student: a few-step causal model of a *wrong-physics* mixture.
+"""Makes the built-in world's base students: few-step causal models of a *wrong-physics* mixture.
 
 Stage 1 trains a multi-step flow-matching model in the teacher-forcing layout on videos whose gravity is drawn from a
 wide range. Stage 2 regresses the same network on the model's own probability-flow trajectories (ODE regression, as
