@@ -83,7 +83,7 @@ class Setting:
 
 
 def shipped(config: RunConfig, device: torch.device) -> Setting:
-    """The quick start's student and codec."""
+    """The shipped chunk-wise student and its codec."""
     student = load_student(QUICKSTART_ASSETS / "student.safetensors").to(device)
     size = latent_shape(config.encoders, config.video)[2:]
     return Setting(student, load_codec(config.encoders, device=device), sampler_times(config.rollout), size)

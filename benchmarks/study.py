@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from study_rows import FAMILIES, METHODS, PRESETS, TABLES, WORLDS, Row, build_rows, search_rows  # noqa: E402 (the path first)
+from study_rows import FAMILIES, METHODS, PACE, PRESETS, TABLES, WORLDS, Row, build_rows, search_rows  # noqa: E402 (the path first)
 from study_runs import (  # noqa: E402
     Choice,
     Interrupted,
@@ -161,7 +161,6 @@ class Runner:
 
     def choose(self, rows: list[Row]) -> None:
         """Take the best look of each family and method from what the search has written so far."""
-        pace = {"dmd": 2}
         best: dict[tuple[str, str], tuple[float, Choice]] = {}
         wanted = {(row.id, self._plan(row).settings) for row in rows}
         for record in read_rows(self.study.out / "search.csv"):
@@ -170,7 +169,7 @@ class Runner:
                 continue
             score = float(record["preference"])
             if key not in best or score > best[key][0]:
-                updates = int(record["step"]) // pace.get(record["method"], 1)
+                updates = int(record["step"]) // PACE[record["method"]]
                 best[key] = (score, Choice(float(record["learning_rate"]), updates, record["average"]))
         self.study.choices = {key: choice for key, (_, choice) in best.items()}
 

@@ -118,9 +118,8 @@ def _regime(cells: Sequence[Cell], preset: Preset) -> list[str]:
         return []
     figure = Figure(figsize=(10.5, 0.42 * len(lines) + 1.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, metric in ((left, "physics_total"), (right, "general_total")):
-        numbers = [[f[m].values[metric][0] if m in f else math.nan for m in methods] for _, _, f in lines]
-        grid = np.array(numbers)
+    for axes, metric in ((left, TOTALS[0]), (right, TOTALS[1])):
+        grid = np.array([[f[m].values[metric][0] if m in f else math.nan for m in methods] for _, _, f in lines])
         image = axes.imshow(grid, cmap="RdYlGn", vmin=35, vmax=65, aspect="auto")
         axes.set_xticks(range(len(methods)), methods)
         axes.set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value, _ in lines])
@@ -131,7 +130,7 @@ def _regime(cells: Sequence[Cell], preset: Preset) -> list[str]:
                 axes.text(j, i, f"{number:.0f}", ha="center", va="center", weight=weight)
     figure.colorbar(image, ax=[left, right], label="50 is the base of the same regime")
     note = "A method is tied with the best within one standard error; a regime with one seed has the default's spread."
-    head, rows = regime_table(cells, preset.regime_methods)
+    head, rows = regime_table(cells, methods)
     parts = ["<h2>Regime map: where which method wins</h2>", _svg(figure), _table(head, rows)]
     return [*parts, f"<p><small>{note}</small></p>"]
 
@@ -152,7 +151,7 @@ def _bars(rows: Sequence[Cell], metric: str) -> str:
 
 
 def _learning_rates(rows: Mapping[float, Cell]) -> str:
-    """Physics over the discriminator's learning rate; 1 is the main table's."""
+    """Both totals over the discriminator's learning rate; 1 is the main table's."""
     figure = Figure(figsize=(5.2, 2.6), layout="constrained")
     axes = figure.add_subplot()
     for metric, line in zip(TOTALS, ("-", "--"), strict=True):

@@ -16,7 +16,9 @@ METHODS = {
     "dmd": ("objective=dmd", "dmd.critic_steps=2"),
     "afd": ("objective=afd",),
 }
-"""Overrides of each method. A DMD step moves the student every second time: it takes twice the steps."""
+"""Overrides of each method."""
+PACE = {"sft": 1, "gan": 1, "dmd": 2, "afd": 1}
+"""Steps to a student update: a DMD step moves the student every second time."""
 
 _LIKE_THE_BASE = tuple(
     f"teacher.physics.{pair}" for pair in ("supersample=3", "soft_edge=0", "shading=false", "noise=0", "crf=4")

@@ -19,24 +19,23 @@ from typing import Any
 
 import torch
 from study_measure import Measurement, measure_student, measure_teacher
-from study_rows import FAMILIES, METHODS, STUDY_KEYS, Preset, Row, settings_of
+from study_rows import FAMILIES, METHODS, PACE, STUDY_KEYS, Preset, Row, settings_of
 from study_scores import totals
 from study_worlds import WorldShards, make_world
 
 from afd.config import RunConfig
 from afd.config_file import load_config
+from afd.models.encoders import QUICKSTART_ASSETS, student_path
 from afd.models.student import CausalStudent
 from afd.models.weights import load_student, save_student
 from afd.train.builders import prepare_student
 from afd.train.commit import list_commits
-from afd.train.preflight import QUICKSTART_ASSETS
 from afd.train.restore import load_commit, resolve_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME_WISE_BASE = QUICKSTART_ASSETS.parent / "frame_wise" / "student.safetensors"
 _JSONS = {"student": "configs/zero3.json", "discriminator": "configs/zero2_discriminator.json"}
-_DMD_PACE = 2  # steps to a student update
-_CRITIC_RATE = 6e-4
+_SCORE_RATE = 6e-4  # of what only DMD has: the critic, and its real score's own training
 
 
 class Interrupted(Exception):
@@ -171,7 +170,7 @@ def _make_real_score(study: Study, row: Row, path: Path, *, gpu: int | None) -> 
         f"num_steps={preset.real_score_steps}", f"rollout.group_size={min(2, preset.group_size)}",
         f"student.chunk_frames={frames}", "nft.time_sampling=uniform", *_WATCHING, *preset.extra,
     ]  # fmt: skip
-    command = train_command(Path(FAMILIES["chunk_wise"]), write_jsons(study, learning_rate=6e-4), overrides)
+    command = train_command(Path(FAMILIES["chunk_wise"]), write_jsons(study, learning_rate=_SCORE_RATE), overrides)
     study.call(command, run.with_suffix(".log"), gpu=gpu)
     student, _ = load_commit(resolve_commit(run))
     save_student(student, path, dtype=torch.float32, note={"made_by": "benchmarks/study.py"})
@@ -189,11 +188,11 @@ def _data_overrides(shards: WorldShards, *, is_search: bool) -> list[str]:
 
 
 def write_jsons(study: Study, *, learning_rate: float) -> dict[str, Path]:
-    """DeepSpeed JSONs of one student learning rate; the discriminator's is the file's own, the critic's as high."""
+    """DeepSpeed JSONs of one student learning rate; the discriminator's is the file's own."""
     folder = study.out / "ds"
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for name, rate in (("student", learning_rate), ("critic", _CRITIC_RATE), ("discriminator", None)):
+    for name, rate in (("student", learning_rate), ("critic", _SCORE_RATE), ("discriminator", None)):
         content = json.loads((ROOT / _JSONS["discriminator" if name == "discriminator" else "student"]).read_text())
         content["train_batch_size"] = study.preset.rollouts
         content["optimizer"]["params"]["lr"] = rate or content["optimizer"]["params"]["lr"]
@@ -238,7 +237,7 @@ def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
     choice, training = None, list[str]()
     if row.method != "base":
         choice = _choice(study, row)
-        steps = choice.updates * (_DMD_PACE if row.method == "dmd" else 1)
+        steps = choice.updates * PACE[row.method]
         training = [
             f"rollout.group_size={preset.group_size}", *METHODS[row.method], *own, f"seed={row.seed}",
             f"num_steps={steps}", f"discriminator.warmup_steps={preset.warmup_steps}",
@@ -357,8 +356,8 @@ def _sampler_config(study: Study, row: Row, plan: Plan, *, gpu: int | None) -> R
 
 
 def _base_student(config: RunConfig) -> CausalStudent:
-    path = config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
-    return prepare_student(load_student(path, config=config.student.model_dump()), config)
+    student = load_student(student_path(config.student), config=config.student.model_dump())
+    return prepare_student(student, config)
 
 
 def describe_device(gpu: int | None) -> str:

@@ -31,12 +31,12 @@ def add_to(commands: Any) -> None:
     sample = commands.add_parser(
         "sample",
         help="generate a video from a checkpoint, or stream one without end",
-        description="Without --checkpoint: the base student shipped with the quick start.",
+        description="Without --checkpoint: the shipped chunk-wise base student of the built-in world.",
     )
     sample.add_argument(
         "--checkpoint", type=Path, help="a commit, a run's output folder, or student weights of any supported format"
     )
-    sample.add_argument("--config", type=Path, help="for weights that are no commit; default the quick start's")
+    sample.add_argument("--config", type=Path, help="for weights that are no commit; default the chunk-wise student's")
     sample.add_argument("--prompt", required=True)
     sample.add_argument("--image", type=Path, help="first frame to go on from")
     sample.add_argument("--last-image", type=Path, help="last frame to arrive at, beside --image")
@@ -115,12 +115,12 @@ def _load(arguments: argparse.Namespace, num_images: int) -> tuple[CausalStudent
     import torch
 
     from afd.config import configured_shape
-    from afd.models.encoders import QUICKSTART_ASSETS
+    from afd.models.encoders import student_path
     from afd.models.weights import load_student, read_student_shape, stored_shape
     from afd.sampling.checks import check_sampling
 
     config = load_config(arguments.config) if arguments.config else RunConfig()
-    path = arguments.checkpoint or config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
+    path = arguments.checkpoint or student_path(config.student)
     if not path.exists():
         raise ConfigError(f"--checkpoint (or student.init_from) {path} does not exist")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

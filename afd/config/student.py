@@ -134,7 +134,7 @@ class StudentSection(Section):
 
     init_from: Path | None = None
     """Student weights in any format of docs/students.md: a diffusers folder, a Self-Forcing .pt, a commit, a
-    safetensors file; default the base student shipped with the quick start."""
+    safetensors file; default the shipped chunk-wise base student."""
     init_weights: Literal["average", "raw"] = "average"
     """Which weights of a file that holds both: the averaged ones (`generator_ema`, a commit's EMA) or the raw ones."""
     init_base: Path | None = None

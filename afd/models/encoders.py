@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from afd.config import EncodersSection, StudentShape, VideoSection
+from afd.config import EncodersSection, StudentSection, StudentShape, VideoSection
 from afd.models.dct_codec import DCTCodec
 from afd.models.model_files import check_weights, config_of, model_and_companion
 from afd.models.wan_vae import WanVAE, read_vae_config
@@ -217,6 +217,11 @@ def check_encoders(encoders: EncodersSection, shape: StudentShape) -> None:
 def text_encoder_folder(encoders: EncodersSection) -> Path:
     """The text encoder's folder, the shipped one by default."""
     return encoders.text_path or QUICKSTART_ASSETS / "text_encoder"
+
+
+def student_path(section: StudentSection) -> Path:
+    """Where the student starts from: what the configuration names, else the shipped chunk-wise base student."""
+    return section.init_from or QUICKSTART_ASSETS / "student.safetensors"
 
 
 _NO_VAE = "encoders.vae_path must name an AutoencoderKLWan folder for codec wan_vae, got none"

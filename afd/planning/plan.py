@@ -9,7 +9,7 @@ from typing import Any
 
 from afd.config import RunConfig, StudentShape, configured_shape
 from afd.config_file import ConfigError
-from afd.models.encoders import QUICKSTART_ASSETS, latent_shape
+from afd.models.encoders import latent_shape, student_path
 from afd.models.weights import read_student_shape
 from afd.planning.communication import plan_transfers
 from afd.planning.hardware import ASSUMED, GPUS_PER_NODE, Gpu, Interconnect
@@ -66,7 +66,7 @@ def planned_shape(config: RunConfig) -> StudentShape:
     Raises:
         ConfigError: no file, and the YAML does not say everything.
     """
-    path = config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
+    path = student_path(config.student)
     if path.suffix == ".safetensors" and path.is_file():
         try:
             return configured_shape(read_student_shape(path), config.student)

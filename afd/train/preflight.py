@@ -14,7 +14,7 @@ import torch
 
 from afd.config import RunConfig, StudentShape
 from afd.config_file import ConfigError, dump_config
-from afd.models.encoders import QUICKSTART_ASSETS, latent_shape, read_text_config, text_encoder_folder
+from afd.models.encoders import latent_shape, read_text_config, student_path, text_encoder_folder
 from afd.models.image_encoder import takes_images
 from afd.models.vlm_builder import plan_vlm
 from afd.models.weights import open_student, read_student_shape
@@ -73,7 +73,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     Raises:
         ConfigError: the first thing that does not fit.
     """
-    path = config.student.init_from or QUICKSTART_ASSETS / "student.safetensors"
+    path = student_path(config.student)
     try:
         student = open_student(path, config.student.model_dump())
         times = sampler_times(config.rollout)
