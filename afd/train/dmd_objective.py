@@ -97,8 +97,8 @@ def dmd_step(
 
         def matching(clip: Tensor, prompt: Tensor, noise: Tensor, eps: Tensor, t: Tensor):
             x0 = last_step_in_parallel(engine, clip, prompt, noise, times, engine.module.shape)
-            x_t = add_noise(x0.detach(), eps, t)
-            slope = dmd_gradient(x0.detach(), *both_estimates(critic, real_score, x_t, t, prompt))
+            clean = x0.detach()
+            slope = dmd_gradient(clean, *both_estimates(critic, real_score, add_noise(clean, eps, t), t, prompt))
             return (x0 * slope).mean(), {"student/dmd_gradient": slope.abs().mean()}
 
         metrics |= step_student(engine, (x_s.latents, x_s.prompt_embeds, noise, eps, t), matching)
