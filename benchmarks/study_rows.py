@@ -38,9 +38,10 @@ WORLDS: dict[str, tuple[str, ...]] = {
 """Teachers that differ from the quick start's in one thing each. `no_mismatch` draws balls as the base student's own
 videos do; `frame_rate` and `codec` add one fault to that, and the default world adds another renderer."""
 
+FROZEN_POLICY = "averages.old_policy_decay=1"
 ABLATIONS = {
     "frozen D": ("discriminator.lr_scale=0",),
-    "off-policy": ("averages.old_policy_decay=1",),
+    "off-policy": (FROZEN_POLICY,),
     "terminal only": ("nft.time_sampling=terminal",),
     "current policy": ("rollout.policy=current",),
     "plain loss": ("nft.variant=plain",),
@@ -60,6 +61,8 @@ BEYOND = {
     "groups of 16": ("rollout.group_size=16",),
     "backbone D": ("discriminator.kind=backbone",),
     "two windows": ("discriminator.clip_frames=6", "discriminator.num_clips=2"),
+    "clip 2": ("nft.advantage_clip=2",),
+    "clip 1": ("nft.advantage_clip=1",),
     _AFTER_SFT: (),
 }
 """What could make AFD better and is not in the paper."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from study_measure import Measurement, measure_student, measure_teacher
-from study_rows import FAMILIES, METHODS, PACE, STUDY_KEYS, Preset, Row, settings_of
+from study_rows import FAMILIES, FROZEN_POLICY, METHODS, PACE, STUDY_KEYS, Preset, Row, settings_of
 from study_scores import totals
 from study_worlds import WorldShards, make_world
 
@@ -236,12 +236,12 @@ def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
     sampling = [*world_overrides, *(each for each in own if each.startswith(("rollout.steps=", "student.")))]
     choice, training = None, list[str]()
     if row.method != "base":
-        choice = _choice(study, row)
+        choice, extra = _of_moving_weights(row, _choice(study, row))
         steps = choice.updates * PACE[row.method]
         training = [
             f"rollout.group_size={preset.group_size}", *METHODS[row.method], *own, f"seed={row.seed}",
             f"num_steps={steps}", f"discriminator.warmup_steps={preset.warmup_steps}",
-            "evaluation.every=0", *_commits(preset, row, steps), *_WATCHING, *preset.extra,
+            "evaluation.every=0", *_commits(preset, row, steps), *_WATCHING, *preset.extra, *extra,
         ]  # fmt: skip
     trained = [*sampling, *training, str(choice and choice.learning_rate), str(row.after)]
     trained += [str((preset.rollouts, preset.search_prompts, preset.validation_prompts))]
@@ -249,6 +249,15 @@ def resolve(study: Study, row: Row, world_overrides: tuple[str, ...]) -> Plan:
     measured = [*averages, str((preset.heldout_prompts, preset.seeds_per_prompt, preset.long_prompts))]
     prints = settings_of(row, trained), settings_of(row, [*trained, *measured])
     return Plan(Path(FAMILIES[row.family]), sampling, training, choice, *prints)
+
+
+def _of_moving_weights(row: Row, choice: Choice) -> tuple[Choice, list[str]]:
+    """A choice and further overrides. Where the old policy is frozen, `old` is no average of the row's student: the
+    same decay under the name `ema` is measured in its place."""
+    if choice.average != "old" or FROZEN_POLICY not in row.overrides:
+        return choice, []
+    decay = load_config(Path(FAMILIES[row.family])).averages.old_policy_decay
+    return replace(choice, average="ema"), [f"averages.ema_decay={decay:g}"]
 
 
 def _choice(study: Study, row: Row) -> Choice:

@@ -19,10 +19,10 @@ FOLDER = ROOT / "benchmarks"
 
 @pytest.fixture(scope="module")
 def parts() -> Any:
-    """The study's modules that need no torch, by name."""
+    """The study's modules, by name."""
     sys.path.insert(0, str(FOLDER))
     try:
-        names = ("study_rows", "study_scores", "study_tables", "study_time")
+        names = ("study_rows", "study_runs", "study_scores", "study_tables", "study_time")
         yield type("Modules", (), {name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(FOLDER))
@@ -65,6 +65,17 @@ def test_a_part_of_the_study_searches_for_what_it_trains(parts: Any) -> None:
     assert searched("paper", ("main",), ("chunk_wise",)) == {("chunk_wise", method) for method in methods}
     assert searched("paper", ("d_lr",), ("chunk_wise", "frame_wise")) == {("chunk_wise", "afd")}
     assert searched("quick", ("main",), ("frame_wise",)) == {("chunk_wise", method) for method in methods}
+
+
+def test_a_row_with_a_frozen_old_policy_is_not_measured_by_it(parts: Any, tmp_path: Path) -> None:
+    runs, preset = parts.study_runs, parts.study_rows.PRESETS["paper"]
+    study = runs.Study(preset, tmp_path, choices={("chunk_wise", "afd"): runs.Choice(6e-5, 240, "old")})
+    rows = {row.label: row for row in parts.study_rows.build_rows(preset, ("ablations",), ("chunk_wise",))}
+    frozen, moving = (runs.resolve(study, rows[label], ()) for label in ("off-policy", "current policy"))
+    assert (frozen.choice.average, moving.choice.average) == ("ema", "old")
+    of_averages = {each for each in frozen.training if each.startswith("averages.")}
+    assert of_averages == {"averages.old_policy_decay=1", "averages.ema_decay=0.9"}
+    assert not [each for each in moving.training if each.startswith("averages.")]
 
 
 def test_totals_are_fifty_for_the_base_and_rise_as_faults_fall(parts: Any) -> None:
