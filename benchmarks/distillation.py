@@ -3,8 +3,8 @@
     python benchmarks/distillation.py --label quickstart --config configs/quickstart.yaml --seeds 0,1,2
     python benchmarks/distillation.py --label weak-gravity --seeds 0 teacher.physics.gravity=0.33
 
-Each seed is one real run of `launch/train.py`; a finished one is not repeated. Rows go to
-benchmarks/results/distillation.csv, a table to the terminal.
+Each seed is one real run of `launch/train.py`; a finished one of the same command is not repeated, one of another
+command under the same label is an error. Rows go to benchmarks/results/distillation.csv, a table to the terminal.
 """
 
 import argparse
@@ -43,8 +43,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "benchmarks")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args()
-    rows = [run_seed(arguments, seed) for seed in arguments.seeds]
-    append_rows(rows)
+    try:
+        rows = [run_seed(arguments, seed) for seed in arguments.seeds]
+        append_rows(RESULTS, rows)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(summary(arguments.label, rows))
     return 0
 
@@ -54,16 +58,24 @@ def _seeds(text: str) -> list[int]:
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, object]:
-    """One run (or its earlier result) as a row: setting, time, commit, and base/student/teacher metrics."""
-    output = arguments.output / arguments.label / f"seed_{seed}"
-    evaluation = output / "evaluation.json"
-    command = [sys.executable, "launch/train.py", "--ds_config", arguments.ds_config, "--config", arguments.config]
+    """One run (or its earlier result) as a row: setting, time, commit, and base/student/teacher metrics.
+
+    Raises:
+        ValueError: the label's folder holds a run of another command.
+    """
+    output = arguments.output.resolve() / arguments.label / f"seed_{seed}"
+    command = ["launch/train.py", "--ds_config", arguments.ds_config, "--config", arguments.config]
     command += ["--output_dir", str(output), f"seed={seed}", *arguments.overrides]
     started = time.time()
-    if not evaluation.is_file():
-        subprocess.run(command, cwd=ROOT, check=True)
-    measured = json.loads(evaluation.read_text())
+    if not (output / "evaluation.json").is_file():
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    measured = json.loads((output / "evaluation.json").read_text())
     facts = json.loads((output / "run.json").read_text())
+    asked = " ".join(["train.py", *command[1:]])
+    if facts["command"] != asked:
+        raise ValueError(
+            f"{output} holds the result of `{facts['command']}`, not of `{asked}`: choose another --label or --output"
+        )
     row: dict[str, object] = {
         "label": arguments.label,
         "seed": seed,
@@ -80,16 +92,24 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, object]:
     return row
 
 
-def append_rows(rows: list[dict[str, object]]) -> None:
-    """Add rows to the results; a row of the same label and seed is replaced."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    old = [dict[str, object](row) for row in csv.DictReader(RESULTS.open())] if RESULTS.is_file() else []
+def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Add rows to the results; a row of the same label and seed is replaced.
+
+    Raises:
+        ValueError: the file was written with other columns; it stays as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = [dict[str, object](row) for row in csv.DictReader(path.open())] if path.is_file() else []
+    if old and list(old[0]) != list(rows[0]):
+        raise ValueError(f"{path} has other columns than this version writes: set it aside first")
     new = {(row["label"], str(row["seed"])) for row in rows}
     kept = [row for row in old if (row["label"], str(row["seed"])) not in new]
-    with RESULTS.open("w", newline="") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows([*kept, *rows])
+    partial.replace(path)
 
 
 def summary(label: str, rows: list[dict[str, object]]) -> str:
