@@ -65,6 +65,7 @@ def _add_slurm(actions: Any) -> None:
 def _slurm(arguments: argparse.Namespace) -> None:
     job = _job(arguments)
     script = render(job)
+    _check_batches(job)
     if not arguments.submit:
         sys.stdout.write(script)
         return
@@ -89,6 +90,8 @@ def _job(arguments: argparse.Namespace) -> SlurmJob:
         )
     sweep = tuple(tuple(line.split()) for line in arguments.sweep)
     for line in sweep:
+        if mine := [each for each in line if each.startswith("output_dir=")]:
+            raise ConfigError(f"--sweep must leave output_dir to the template (OUTPUT_DIR/TASK), got {mine[0]!r}")
         load_config(arguments.config, [*arguments.overrides, *line])
     if arguments.stage_to is not None:
         _check_stageable(config)
@@ -123,6 +126,19 @@ def _job(arguments: argparse.Namespace) -> SlurmJob:
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"--{where.replace('_', '-')}: {message}" if where else message) from None
+
+
+def _check_batches(job: SlurmJob) -> None:
+    """Refuse now what every rank would refuse once the job has waited for its nodes."""
+    from afd.planning.refusals import check_batches
+    from afd.train.ds_config import load_critic_config, load_ds_config
+
+    if job.kind in ("prepare", "evaluate"):
+        return
+    for line in job.sweep or ((),):
+        config = load_config(Path(job.config), [*job.overrides, *line])
+        jsons = [load_ds_config(path) for path in (job.ds_config, config.discriminator.ds_config)]
+        check_batches(config, (*jsons, *load_critic_config(config)), num_gpus=job.nodes * job.ranks_per_node)
 
 
 def _environment_pair(text: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from afd.commands.options import add_config
+from afd.config import DiscriminatorSection
 from afd.config_file import load_config
 
 
@@ -18,7 +19,8 @@ def add_to(commands: Any) -> None:
 
     plan = commands.add_parser("plan", help="memory, seconds and cost of a run, and what to change if it does not fit")
     add_config(plan)
-    plan.add_argument("--ds_config", type=Path, default=Path("configs/zero3_h100.json"))
+    plan.add_argument("--ds_config", type=Path, help="DeepSpeed JSON of the student's engine; by default "
+                      "zero3_h100.json, and zero3.json where the discriminator's is the built-in world's")  # fmt: skip
     plan.add_argument("--gpu", choices=sorted(GPUS), default="h100-80g")
     plan.add_argument("--gpus", type=int, default=8)
     plan.add_argument("--gpus_per_node", type=int, default=GPUS_PER_NODE)
@@ -42,7 +44,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(f"wrote {arguments.write_docs}")
         return
     config = load_config(arguments.config, arguments.overrides)
-    ds_configs = tuple(load_ds_config(path) for path in (arguments.ds_config, config.discriminator.ds_config))
+    is_small = config.discriminator.ds_config == DiscriminatorSection().ds_config
+    student = arguments.ds_config or Path("configs/zero3.json" if is_small else "configs/zero3_h100.json")
+    ds_configs = tuple(load_ds_config(path) for path in (student, config.discriminator.ds_config))
     ds_configs += load_critic_config(config)
     gpu = GPUS[arguments.gpu]
     if arguments.price is not None:

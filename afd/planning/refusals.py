@@ -47,6 +47,42 @@ def batch_arithmetic(ds_config: dict[str, Any], world_size: int) -> Batch:
     return total, micro or total // known, accumulation or total // known
 
 
+def check_batches(
+    config: RunConfig, ds_configs: tuple[dict[str, Any], ...], *, num_gpus: int
+) -> tuple[Batch, Batch | None, Batch | None]:
+    """Check that the batches divide among the ranks and the groups, and agree with each other.
+
+    Args:
+        config: the run's.
+        ds_configs: of the student's engine, of the discriminator's (not read where none is built) and, for objective
+            dmd, of the critic's.
+        num_gpus: ranks.
+    Returns:
+        (global, micro, accumulation) of the student, the discriminator and the critic; None where none is built.
+    Raises:
+        ConfigError: the first thing that does not divide.
+    """
+    try:
+        student = batch_arithmetic(ds_configs[0], num_gpus)
+        discriminator = batch_arithmetic(ds_configs[1], num_gpus) if config.has_discriminator else None
+        critic = batch_arithmetic(ds_configs[2], num_gpus) if config.objective == "dmd" else None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if discriminator is not None and student[0] != discriminator[0]:
+        raise ConfigError(
+            f"train_batch_size must be the same in both DeepSpeed JSONs (rollouts per step), got {student[0]} for the "
+            f"student and {discriminator[0]} for the discriminator"
+        )
+    if critic is not None and student[0] != critic[0]:
+        raise ConfigError(f"train_batch_size of dmd.ds_config must be {student[0]} like the student's, got {critic[0]}")
+    group_size = config.rollout.group_size
+    if student[0] % (group_size * num_gpus):
+        raise ConfigError(
+            f"train_batch_size {student[0]} must be a multiple of rollout.group_size {group_size} x {num_gpus} ranks"
+        )
+    return student, discriminator, critic
+
+
 def check_divides(
     config: RunConfig,
     shape: StudentShape,
@@ -62,39 +98,19 @@ def check_divides(
         config: the run's.
         shape: the student's.
         latents: (C, F, H, W).
-        ds_configs: of the student's engine, of the discriminator's (not read where none is built) and, for objective
-            dmd, of the critic's.
+        ds_configs: as in `check_batches`, whose result this returns.
         num_gpus: ranks.
         gpus_per_node: ranks on one node.
-    Returns:
-        (global, micro, accumulation) of the student, the discriminator and the critic; None where none is built.
     Raises:
         ConfigError: the first thing that does not divide or is not there.
     """
     if config.rollout.merge_adapters and not config.student.lora.rank:
         raise ConfigError("rollout.merge_adapters must be false without adapters (student.lora.rank = 0), got true")
-    try:
-        student = batch_arithmetic(ds_configs[0], num_gpus)
-        discriminator = batch_arithmetic(ds_configs[1], num_gpus) if config.has_discriminator else None
-        critic = batch_arithmetic(ds_configs[2], num_gpus) if config.objective == "dmd" else None
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    batches = check_batches(config, ds_configs, num_gpus=num_gpus)
     _check_chunks(config, shape, latents)
     _check_heads(config, shape, ds_configs[0])
-    if discriminator is not None and student[0] != discriminator[0]:
-        raise ConfigError(
-            f"train_batch_size must be the same in both DeepSpeed JSONs (rollouts per step), got {student[0]} for the "
-            f"student and {discriminator[0]} for the discriminator"
-        )
-    if critic is not None and student[0] != critic[0]:
-        raise ConfigError(f"train_batch_size of dmd.ds_config must be {student[0]} like the student's, got {critic[0]}")
-    group_size = config.rollout.group_size
-    if student[0] % (group_size * num_gpus):
-        raise ConfigError(
-            f"train_batch_size {student[0]} must be a multiple of rollout.group_size {group_size} x {num_gpus} ranks"
-        )
     _check_nodes(ds_configs[0], num_gpus, gpus_per_node)
-    return student, discriminator, critic
+    return batches
 
 
 def _check_chunks(config: RunConfig, shape: StudentShape, latents: tuple[int, int, int, int]) -> None:

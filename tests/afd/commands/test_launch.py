@@ -22,14 +22,20 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
     return captured.err if code else captured.out
 
 
+JSONS_OF_64 = ("discriminator.ds_config=configs/zero2_discriminator_h100_64.json",)
+ON_4_GPUS = ("--gpus-per-node", "4")  # as many as the quick start's 32 rollouts in groups of 8 divide among
+ON_8_NODES = ("--ds_config", "configs/zero3_h100_64.json", "--nodes", "8")
+
+
 def test_prints_a_script_for_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    script = said(capsys, "--nodes", "4", "--partition", "h100", "--time", "2-00:00:00", "output_dir=outputs/a b")
+    options = (*ON_8_NODES, "--partition", "h100", "--time", "2-00:00:00")
+    script = said(capsys, *options, *JSONS_OF_64, "output_dir=outputs/a b")
     assert script.startswith("#!/bin/bash\n")
     lines = script.splitlines()
-    for line in ("#SBATCH --nodes=4", "#SBATCH --partition=h100", "#SBATCH --requeue", "#SBATCH --open-mode=append",
+    for line in ("#SBATCH --nodes=8", "#SBATCH --partition=h100", "#SBATCH --requeue", "#SBATCH --open-mode=append",
                  "#SBATCH --signal=USR2@240", "#SBATCH --gpus-per-node=8", "output_dir='outputs/a b'"):  # fmt: skip
         assert line in lines
-    assert "--ntasks=32" in script
+    assert "--ntasks=64" in script
 
 
 def test_cpu_jobs_ask_for_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +50,12 @@ def test_cpu_jobs_ask_for_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nft.nft_betta=1"], "error: unknown key nft.nft_betta, did you mean nft.nft_beta?"),
         (["--kind", "sweep", "--sweep", "seed=x"], "error: seed: "),
+        (["--kind", "sweep", "--sweep", "output_dir=a"], "error: --sweep must leave output_dir to the template"),
+        (
+            ["--gpus-per-node", "4", "--nodes", "8"],
+            "error: train_batch_size 32 must be a multiple of rollout.group_size 8 x 32 ranks",
+        ),
+        (["--ds_config", "nope.json"], "error: "),
         (["--env", "A"], "error: --env must read NAME=VALUE, got 'A'"),
         (["--signal-lead-s", "100"], "error: --signal-lead-s must be at least stopping.grace_s + 60 s = 180, got 100"),
         (["--stage-to", "/scratch"], "error: --stage-to needs teacher.kind=shards, got 'physics'"),
@@ -70,7 +82,7 @@ def test_submit_sends_the_script_and_prints_the_jobs_number(
     sbatch.chmod(0o755)
     assert _submit(capsys, tmp_path, monkeypatch) == "17\n"
     assert (tmp_path / "logs").is_dir()
-    assert (tmp_path / "sent").read_text() == said(capsys, "--log-dir", str(tmp_path / "logs"))
+    assert (tmp_path / "sent").read_text() == said(capsys, *ON_4_GPUS, "--log-dir", str(tmp_path / "logs"))
     sbatch.write_text(f"#!{sys.executable} -IS\nimport sys\nsys.exit('sbatch: error: invalid partition')\n")
     assert "sbatch refused the job: sbatch: error: invalid partition" in _submit(capsys, tmp_path, monkeypatch, code=2)
 
@@ -78,4 +90,4 @@ def test_submit_sends_the_script_and_prints_the_jobs_number(
 def _submit(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch, code: int = 0) -> str:
     monkeypatch.setenv("PATH", str(folder))
     assert os.environ["PATH"] == str(folder)
-    return said(capsys, "--submit", "--log-dir", str(folder / "logs"), code=code)
+    return said(capsys, *ON_4_GPUS, "--submit", "--log-dir", str(folder / "logs"), code=code)
