@@ -66,6 +66,7 @@ BEYOND = {
     _AFTER_SFT: (),
 }
 """What could make AFD better and is not in the paper."""
+_IN_BOTH_FAMILIES = (_AFTER_SFT, "clip 2", "clip 1")
 
 STUDY_KEYS = ("learning_rate", "budget")
 """Overrides that the study reads itself (`Row.own`): the student's rate, and a multiple of the search's updates."""
@@ -148,7 +149,7 @@ class Preset:
         search_prompts, validation_prompts: training prompts that the search trains on, and judges by.
         heldout_prompts, seeds_per_prompt: clips of the one final measurement; `long_prompts` of three times the length.
         real_score_steps: supervised updates of DMD's real score.
-        ablated_families: of the ablations and of AFD after SFT; what else comes after them is of the first family.
+        ablated_families: of the ablations and of part of what is beyond the paper; the rest is of the first family.
         extra: overrides of every run.
     """
 
@@ -257,7 +258,7 @@ def build_rows(
         ("beyond", preset.beyond, BEYOND),
     ):
         for label in labels if table in only else ():
-            in_both = table == "ablations" or label == _AFTER_SFT
+            in_both = table == "ablations" or label in _IN_BOTH_FAMILIES
             for family in preset.ablated_families if in_both else preset.families[:1]:
                 rows += [_of_afd(table, family, label, seed, overrides_of[label]) for seed in preset.seeds]
     for axis, value in preset.regimes if "regime" in only else ():
