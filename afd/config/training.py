@@ -63,7 +63,9 @@ class NFTSection(Section):
     normalise_by: Literal["global_std", "group_std", "minmax"] = "global_std"
     """Scale of the advantages; all reduce over every rank."""
     advantage_clip: Annotated[float, Field(gt=0)] = 5.0
-    """Normalised advantage that saturates the optimality weight."""
+    """c: normalised advantage that saturates the optimality weight. With nft_beta it says how far a step may go: a
+    state's loss (`plain`) is least at v = v_old + (2 w - 1) / nft_beta (v* - v_old), and 2 w - 1 is the advantage over
+    c. Smaller learns faster; too small costs sharpness (docs/study.md)."""
     time_sampling: Literal["grid", "uniform", "logit_normal", "terminal"] = "grid"
     """Times of the forward process, one per chunk; `grid` draws the sampler's own, `terminal` takes its last alone
     (credit for the last denoising step only: an ablation)."""
