@@ -179,13 +179,14 @@ def write_shards(
         metadata: JSON settings that made the samples (codec, text encoder, teacher and its constants, sizes);
             their fingerprint tells `shards_match` whether the folder is the wanted one.
         shard_bytes: uncompressed size at which the next shard starts.
-        overwrite: replace an existing folder.
+        overwrite: replace shards that are there; what is no dataset is never replaced.
     Raises:
-        ValueError: `out` exists, no sample arrived, samples disagree in shape or fps, or one is malformed.
+        ValueError: `out` holds something, no sample arrived, samples disagree in shape or fps, or one is malformed.
         OSError: the disk is too full; names the path, the bytes needed and the bytes free.
     """
     out = Path(os.path.abspath(out))
-    if out.exists() and not overwrite:
+    require_replaceable(out)
+    if not is_vacant(out) and not overwrite:
         raise ValueError(f"{out} exists already: pass overwrite=True to replace it")
     settings_fingerprint(metadata)  # before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -230,11 +231,24 @@ def shards_match(path: Path, fingerprint: str) -> bool:
 
     It reads dataset.json only: the loader verifies the shards themselves.
     """
+    return _describe(path).get("fingerprint") == fingerprint
+
+
+def prepared_from(path: Path) -> str:
+    """The `teacher.kind` whose videos were prepared as the shards of `path`; empty where dataset.json names none."""
+    try:
+        return str(_describe(path)["metadata"]["teacher"]["kind"])
+    except (KeyError, TypeError):
+        return ""
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """A folder's dataset.json; empty where there is none or it cannot be read."""
     try:
         described = json.loads((Path(path) / DATASET_FILE).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(described, dict) and described.get("fingerprint") == fingerprint
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 def _accepted(samples: Iterable[Sample | Reject], rejects: list[Reject]) -> Iterator[Sample]:
@@ -267,8 +281,28 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_vacant(out: Path) -> bool:
+    """Whether nothing is there: no path of this name, or an empty folder."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def require_replaceable(out: Path) -> None:
+    """Refuse to put shards in the place of what is no dataset.
+
+    Raises:
+        ValueError: `out` is a file, or a folder of files without dataset.json.
+    """
+    if not is_vacant(out) and not (out / DATASET_FILE).is_file():
+        raise ValueError(f"{out} holds no {DATASET_FILE}, so it is no dataset and never replaced: name another folder")
+
+
 def publish(folder: Path, out: Path) -> None:
-    """Rename folder to out; an existing out steps aside first and is deleted last."""
+    """Rename folder to out; shards that are there step aside first and are deleted last.
+
+    Raises:
+        ValueError: as `require_replaceable`.
+    """
+    require_replaceable(out)
     old = out.with_name(f".{out.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
     had_old = out.exists()
     if had_old:

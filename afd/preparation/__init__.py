@@ -5,6 +5,7 @@
     encoding.py   clips to rows: codec and text encoder, in batches
     journal.py    what is done, on the disk after every row: a killed preparation goes on where it was
     published.py  shards in place, to which a later pass adds what the teacher did not give for now
+    plan.py       the source, its split, the settings, and which folders may be replaced
     pipeline.py   all of it, as one loop
 
 Importing the package imports no torch: each decoding process does.
@@ -13,11 +14,13 @@ Importing the package imports no torch: each decoding process does.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from afd.config import RunConfig
     from afd.data.writer import ShardSummary
+
+Overwrite = bool | Literal["built_in"]
 
 
 def shard_folders(config: RunConfig) -> tuple[Path, Path]:
@@ -32,12 +35,14 @@ def shard_places(config: RunConfig) -> tuple[tuple[Path, str | None], tuple[Path
     return (train, config.data.train_remote), (heldout, config.data.heldout_remote)
 
 
-def prepare_shards(config: RunConfig, *, overwrite: bool = False, retry: bool = False) -> dict[str, ShardSummary]:
+def prepare_shards(config: RunConfig, *, overwrite: Overwrite = False, retry: bool = False) -> dict[str, ShardSummary]:
     """Read the teacher's videos and write both splits' shards; folders that already match are kept.
 
     Args:
         config: the run's.
-        overwrite: replace shards that were made with other settings.
+        overwrite: replace shards that were made with other settings, and drop an unfinished preparation with others;
+            "built_in" only what lies in `output_dir/data` and was made by the built-in world. What is no dataset is
+            never replaced.
         retry: ask again for what the teacher did not give for now (rejects that are not final), and append it to the
             shards. Without it shards that are there stay as they are: a run that resumes finds what it began with.
     Returns:

@@ -78,7 +78,8 @@ class Journal:
         if self._events.exists() and not self._is_ours():
             os.close(self._lock)
             raise ValueError(
-                f"{folder} holds an unfinished preparation with other settings: finish it, or give --overwrite"
+                f"{folder} holds an unfinished preparation with other settings: finish it, choose another output_dir, "
+                "or drop it with `afd prepare --overwrite`"
             )
         if not self._events.exists() or self._events.stat().st_size < len(self._header):
             self._events.write_text(self._header)
@@ -109,19 +110,19 @@ class Journal:
         return progress, self._keys()
 
     def _keys(self) -> Iterator[tuple[bytes, str]]:
-        for _, event in self._read_events():
+        for _, event in _read_events(self._events):
             if event.get("key"):
                 yield bytes.fromhex(event["key"]), event.get("sample") or event["reject"]
 
     def _read_progress(self) -> tuple[Progress, bool]:
         """Go through the events; those from the first damaged one on are cut off, and another reading is needed."""
         closed = dict.fromkeys(self._splits, 0)
-        for _, event in self._read_events():
+        for _, event in _read_events(self._events):
             if "shard" in event:
                 closed[event["split"]] += 1
         progress = Progress({split: SplitState() for split in self._splits})
         end = len(self._header)
-        for line, event in self._read_events():
+        for line, event in _read_events(self._events):
             if not self._apply(event, progress, closed):
                 break
             end += len(line)
@@ -130,17 +131,6 @@ class Journal:
             with self._events.open("r+b") as file:
                 file.truncate(end)
         return progress, not is_cut
-
-    def _read_events(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        with self._events.open("rb") as file:
-            file.readline()
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                try:
-                    yield line, json.loads(line)
-                except ValueError:  # zeros after a power cut
-                    return
 
     def _apply(self, event: dict[str, Any], progress: Progress, closed: dict[str, int]) -> bool:
         """Count an event; False when its row is not there."""
@@ -218,7 +208,7 @@ class Journal:
 
     def rejects(self) -> Iterator[Reject]:
         """Every reject so far, in order."""
-        events = (event for _, event in self._read_events() if "reject" in event)
+        events = (event for _, event in _read_events(self._events) if "reject" in event)
         return (
             Reject(event["reject"], event["reason"], event["file"], event.get("is_final", True)) for event in events
         )
@@ -248,3 +238,22 @@ class Journal:
 
     def _spool_path(self, split: str, shard: int) -> Path:
         return self.folder / f"{split}.{shard}.rows"
+
+
+def encoded_teachers(folder: Path) -> set[str]:
+    """Whose videos the unfinished preparation of a work folder has encoded; nobody's where there is none."""
+    path = folder / _EVENTS
+    return {event["teacher"] for _, event in _read_events(path) if "sample" in event} if path.is_file() else set()
+
+
+def _read_events(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines after the header, with what they say."""
+    with path.open("rb") as file:
+        file.readline()
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield line, json.loads(line)
+            except ValueError:  # zeros after a power cut
+                return

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from afd.config import RunConfig
 from afd.data.mds import drop_unfinished
-from afd.data.schema import Reject, Sample, settings_fingerprint
+from afd.data.schema import Reject, Sample
 from afd.data.writer import (
     NUM_LOGGED,
     REJECTS_FILE,
@@ -31,41 +31,26 @@ from afd.data.writer import (
     log_rejects,
     publish,
     require_samples,
-    shards_match,
     write_rejects,
 )
 from afd.models.encoders import release_memory
-from afd.preparation import shard_folders
+from afd.preparation import Overwrite
 from afd.preparation.decoding import Clip
 from afd.preparation.encoding import ClipEncoder
-from afd.preparation.intake import (
-    SPLITS,
-    Census,
-    Intake,
-    Item,
-    SplitRule,
-    hash_split,
-    prompt_key,
-    take_census,
-)
-from afd.preparation.journal import Journal, Progress
+from afd.preparation.intake import SPLITS, Intake, Item, prompt_key
+from afd.preparation.journal import Progress
+from afd.preparation.plan import Plan, make_plan, open_split_source
 from afd.preparation.pool import DecoderPool
 from afd.preparation.published import Published, has_unsettled
 from afd.seen import Seen
-from afd.teachers.base import SourceVideo, VideoRequest, VideoSource
-from afd.teachers.physics import PhysicsTeacher, heldout_prompts, training_prompts
-from afd.teachers.sources import GeneratedSource, open_source
+from afd.teachers.base import SourceVideo
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: RunConfig, *, overwrite: bool = False, retry: bool = False) -> dict[str, ShardSummary]:
+def prepare(config: RunConfig, *, overwrite: Overwrite = False, retry: bool = False) -> dict[str, ShardSummary]:
     """See `afd.preparation.prepare_shards`."""
-    source, split_of = open_split_source(config)
-    census = take_census(source)
-    split_of = split_of or _hash_split(config, census)
-    settings = {split: _settings(config, source, census, split) for split in SPLITS}
-    plan = _Plan(config, source, split_of, census, settings, dict(zip(SPLITS, shard_folders(config), strict=True)))
+    plan = make_plan(config, *open_split_source(config))
     todo = [split for split in SPLITS if not plan.is_published(split)]
     if not todo:
         plan.tidy_up()
@@ -77,109 +62,14 @@ def prepare(config: RunConfig, *, overwrite: bool = False, retry: bool = False) 
         plan = replace(plan, base=Published(plan.outs))
         plan.discard_foreign_work()
         return _Preparation(plan, list(SPLITS)).run()
-    if overwrite:
-        plan.discard_foreign_work()
-    for split in todo:
-        if plan.outs[split].exists() and not overwrite:
-            raise ValueError(f"{plan.outs[split]} exists already with other settings: give --overwrite to replace it")
+    plan.make_room(todo, overwrite)
     return _Preparation(plan, todo).run()
-
-
-def open_split_source(config: RunConfig) -> tuple[VideoSource, SplitRule | None]:
-    """The configured source of videos, and its own split where it has one."""
-    if config.teacher.kind != "physics":
-        return open_source(config), None
-    teacher = PhysicsTeacher(config.teacher.physics)
-    train = training_prompts(config.teacher.num_prompts)
-    heldout = heldout_prompts(config.teacher.num_heldout_prompts)
-    each = config.teacher.videos_per_prompt
-    asked = [(prompt, each * number + again) for number, prompt in enumerate(train) for again in range(each)]
-    asked += [(prompt, number) for number, prompt in enumerate(heldout)]
-    requests = [VideoRequest(prompt, seed, teacher.source_id(prompt, seed)) for prompt, seed in asked]
-    source = GeneratedSource(teacher, requests, teacher="physics", version=teacher.version)
-    held = frozenset(heldout)
-    return source, lambda request: "heldout" if request.prompt in held else "train"
-
-
-def _hash_split(config: RunConfig, census: Census) -> SplitRule:
-    if census.num_prompts < 2:
-        raise ValueError(
-            f"the teacher must offer at least 2 different prompts, one to train on and one to hold out, "
-            f"got {census.num_prompts} in {census.num_requests} requests"
-        )
-    return hash_split(config.prepare.heldout_fraction, census.lowest)
-
-
-def _settings(config: RunConfig, source: VideoSource, census: Census, split: str) -> dict[str, object]:
-    """Everything that decides the content of a split's shards; equal settings mean equal shards."""
-    how = {"device", "workers", "video_timeout_s", "max_video_mib"}
-    return {
-        "split": split,
-        "teacher": {"kind": config.teacher.kind, "name": source.teacher, "version": source.version},
-        "requests": census.digest,
-        "video": config.video.model_dump(mode="json"),
-        "encoders": config.encoders.model_dump(mode="json"),
-        "prepare": config.prepare.model_dump(mode="json", exclude=how),
-    }
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is prepared, and where: shards grow in hidden folders beside the ones they become."""
-
-    config: RunConfig
-    source: VideoSource
-    split_of: SplitRule
-    census: Census
-    settings: dict[str, dict[str, object]]
-    outs: dict[str, Path]
-    base: Published = field(default_factory=Published)
-
-    def is_published(self, split: str) -> bool:
-        return shards_match(self.outs[split], settings_fingerprint(self.settings[split]))
-
-    def staging(self, split: str) -> Path:
-        out = Path(os.path.abspath(self.outs[split]))
-        return out.with_name(f".{out.name}.{'more' if self.base.digest else 'partial'}")
-
-    @property
-    def work_folder(self) -> Path:
-        out = Path(os.path.abspath(self.outs["train"]))
-        return out.with_name(f".{out.name}.{'more.work' if self.base.digest else 'work'}")
-
-    @property
-    def fingerprint(self) -> str:
-        return settings_fingerprint({**self.settings, "base": self.base.digest} if self.base.digest else self.settings)
-
-    def open_journal(self) -> Journal:
-        return Journal(self.work_folder, self.fingerprint, SPLITS)
-
-    def tidy_up(self) -> None:
-        """Drop the work folder of a preparation that was killed after its shards were in place."""
-        if self.work_folder.exists():
-            journal = self.open_journal()
-            journal.discard()
-            journal.close()
-
-    def discard_foreign_work(self) -> None:
-        """Drop an unfinished preparation with other settings."""
-        try:
-            self.open_journal().close()
-        except ValueError as error:
-            if "other settings" not in str(error):
-                raise
-            logger.warning("dropping the unfinished preparation in %s", self.work_folder)
-            self.discard_work()
-
-    def discard_work(self) -> None:
-        for folder in (self.work_folder, *(self.staging(split) for split in SPLITS)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Preparation:
     """One pass over the source, from where the journal ends."""
 
-    def __init__(self, plan: _Plan, todo: list[str]) -> None:
+    def __init__(self, plan: Plan, todo: list[str]) -> None:
         self._plan, self._todo = plan, todo
         self._encoder: ClipEncoder | None = None
         self._journal = plan.open_journal()

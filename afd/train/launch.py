@@ -176,11 +176,11 @@ def _check_shard_shapes(config: RunConfig, plan: RunPlan) -> None:
 
 
 def _prepare_on_main(config: RunConfig, *, is_main: bool) -> None:
-    """Write the teacher's shards on rank 0; a failure reaches every rank instead of hanging them."""
+    """Write the built-in world's shards on rank 0; a failure reaches every rank instead of hanging them."""
     problem = None
     if is_main:
         try:
-            prepare_shards(config, overwrite=config.data.train_shards is None)
+            prepare_shards(config, overwrite="built_in")
         except (ValueError, OSError) as error:
             problem = str(error)
     problem = broadcast_object(problem)

@@ -18,7 +18,7 @@ import torch
 from afd.data.loader import read_all
 from afd.data.mds import COMPRESSION, HASHES, drop_unfinished, write_whole
 from afd.data.schema import COLUMNS, Reject, Sample, load_streaming, settings_fingerprint, to_row
-from afd.data.writer import shards_match, write_shards
+from afd.data.writer import publish, shards_match, write_shards
 
 WORKER = Path(__file__).with_name("writer_worker.py")
 
@@ -115,6 +115,23 @@ def test_existing_shards_are_replaced_only_when_asked(shards: Path, sample: Call
     write_shards([sample(5)], shards, metadata={}, overwrite=True)
     assert [each.source_id for each in read_all(shards)] == ["physics/5"]
     assert os.listdir(shards.parent) == ["shards"]
+
+
+def test_what_is_no_dataset_is_never_replaced(tmp_path: Path, sample: Callable[[int], Sample]) -> None:
+    out, made = tmp_path / "precious", tmp_path / "made"
+    out.mkdir()
+    write_shards([sample(5)], out, metadata={})  # an empty folder holds nothing to lose
+    (out / "dataset.json").unlink()
+    kept = sorted(os.listdir(out))
+    with pytest.raises(ValueError, match=r"precious holds no dataset\.json, so it is no dataset and never replaced"):
+        write_shards([sample(6)], out, metadata={}, overwrite=True)
+    made.mkdir()
+    with pytest.raises(ValueError, match=r"precious holds no dataset\.json"):
+        publish(made, out)
+    assert sorted(os.listdir(out)) == kept
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ValueError, match=r"file holds no dataset\.json"):
+        write_shards([sample(6)], tmp_path / "file", metadata={}, overwrite=True)
 
 
 def test_full_disk_is_said_before_writing(

@@ -214,6 +214,43 @@ def test_unfinished_work_of_other_settings_is_dropped_only_when_asked(
     assert sum(map(len, read_both(other))) == 20
 
 
+def test_a_training_run_replaces_only_what_the_built_in_world_made(
+    folder_of_videos: MakeFolder, config_for: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from afd.preparation import pipeline
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    def train(*overrides: str) -> dict[str, Any]:
+        sizes = ("teacher.num_prompts=2", "teacher.num_heldout_prompts=1")
+        config = config_for(videos, "teacher.kind=physics", *sizes, *overrides)
+        return dict(prepare_shards(config, overwrite="built_in"))
+
+    videos = folder_of_videos(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_shards(config_for(videos))
+    with pytest.raises(ValueError, match=r"\.train\.work holds an unfinished preparation with other settings"):
+        train()
+    prepare_shards(config_for(videos))
+    with pytest.raises(ValueError, match=r"train exists already, prepared from teacher\.kind=folder .*kind=shards"):
+        train()
+    assert sum(map(len, read_both(config_for(videos)))) == 4
+
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    train()
+    assert train("teacher.physics.gravity=2").keys() == {"train", "heldout"}
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"precious holds no dataset\.json"):
+        train("teacher.physics.gravity=3", f"data.heldout_shards={tmp_path / 'precious'}")
+    with pytest.raises(ValueError, match="exists already, prepared from"):  # nor the world's own shards elsewhere
+        train("teacher.physics.gravity=3", f"data.train_shards={tmp_path / 'elsewhere' / 'data' / 'train'}")
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.slow
 def test_killed_twenty_times_writes_the_same_shards_as_never(
     folder_of_videos: MakeFolder, config_for: MakeConfig, launch: Any, tmp_path: Path

@@ -91,6 +91,19 @@ def test_missing_and_empty_shard_folders_are_named(tiny: Any, capsys: pytest.Cap
     assert str(tiny.output / "data" / "train") in refusal(tiny.arguments(teacher__kind="shards"), capsys, tiny.output)
 
 
+def test_what_the_built_in_world_did_not_make_is_never_replaced(
+    tiny: Any, capsys: pytest.CaptureFixture[str], clean_environment: None
+) -> None:
+    precious = tiny.output / "data" / "heldout"
+    precious.mkdir(parents=True)
+    (precious / "thesis.txt").write_text("years of work")
+    line = refusal(tiny.arguments(), capsys, tiny.output)
+    assert f"{precious} holds no dataset.json, so it is no dataset and never replaced" in line
+    (precious / "dataset.json").write_text('{"metadata": {"teacher": {"kind": "folder"}}}')
+    line = refusal(tiny.arguments(), capsys, tiny.output)
+    assert f"{precious} exists already, prepared from teacher.kind=folder with other settings" in line
+
+
 def test_folder_in_use_by_another_run_is_refused(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.output.mkdir()
     with (tiny.output / LOCK).open("w") as lock:
