@@ -40,6 +40,11 @@ def open_source(config: RunConfig) -> VideoSource:
     raise ValueError(f"teacher.kind must be folder, http or pipeline to read videos, got {teacher.kind!r}")
 
 
+def default_work_dir(config: RunConfig) -> Path:
+    """Where a teacher keeps its journal and videos unless its section says."""
+    return config.output_dir / "teacher"
+
+
 def _open_http(config: RunConfig) -> HttpSource:
     teacher, http = config.teacher, config.teacher.http
     spec = load_spec(_required(http.spec, "teacher.http.spec"))
@@ -55,7 +60,7 @@ def _open_http(config: RunConfig) -> HttpSource:
         max_bytes=http.max_video_mib << 20,
     )
     requests = functools.partial(_requests(config), f"http:{spec.name}", spec.version)
-    work_dir = http.work_dir or config.output_dir / "teacher"
+    work_dir = http.work_dir or default_work_dir(config)
     return HttpSource(spec, requests, work_dir=work_dir, limits=limits, licence=teacher.licence)
 
 
@@ -65,7 +70,7 @@ def _open_pipeline(config: RunConfig) -> PipelineSource:
     return PipelineSource(
         _required(section.path, "teacher.pipeline.path"),
         _requests(config),
-        work_dir=section.work_dir or config.output_dir / "teacher",
+        work_dir=section.work_dir or default_work_dir(config),
         call=PipelineCall(**options),
         devices=section.devices or default_devices(),
         licence=teacher.licence,

@@ -174,17 +174,19 @@ def _set_aside(folder: Path) -> None:
     os.rename(folder, aside)
 
 
-def set_aside_run(output_dir: Path, *, keep: Iterable[str] = ()) -> Path | None:
+def set_aside_run(output_dir: Path, *, keep: Iterable[Path] = ()) -> Path | None:
     """Move an earlier run's files into `previous-<k>` inside its folder, so that a fresh run overwrites nothing.
 
     Args:
         output_dir: the run's folder; the caller holds its lock.
-        keep: names that stay, beside the lock and earlier `previous-<k>`.
+        keep: files and folders; an entry of output_dir that is one or holds one stays, as do the lock and earlier
+            `previous-<k>`.
     Returns:
         The new folder, or None where there was nothing to move.
     """
-    entries = [entry for entry in output_dir.iterdir() if entry.name not in {LOCK, *keep}]
-    entries = [entry for entry in entries if not entry.name.startswith(_PREVIOUS)]
+    kept = [path.resolve() for path in keep]
+    entries = [entry for entry in output_dir.iterdir() if entry.name != LOCK and not entry.name.startswith(_PREVIOUS)]
+    entries = [entry for entry in entries if not any(path.is_relative_to(entry.resolve()) for path in kept)]
     if not entries:
         return None
     number = next(k for k in itertools.count(1) if not (output_dir / f"{_PREVIOUS}{k}").exists())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from afd.config import RunConfig
+from afd.config import RunConfig, Section
 from afd.config_file import ConfigError, dump_config, load_config
 from afd.data.integrity import open_dataset
 from afd.data.store import ShardStore
@@ -24,6 +24,7 @@ from afd.live import LiveTeacher
 from afd.models.encoders import load_codec
 from afd.preparation import prepare_shards, shard_places
 from afd.stopping import MARKER, STOPPED, StopRequest, catch_stop_signals, write_marker
+from afd.teachers.sources import default_work_dir
 from afd.tracking import JournalTracker, MLflowTracker, NullTracker, Tracker
 from afd.train.checkpoint import find_commit
 from afd.train.commit import RunLock, list_commits, read_manifest, set_aside_run
@@ -48,7 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="where the run is written (overrides the configuration)")
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in the output folder; the default when it holds a commit")  # fmt: skip
-    parser.add_argument("--fresh", action="store_true", help="start over; an earlier run in the folder is set aside")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over; an earlier run in the folder is set aside, not its data and teacher",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would run and stop; touches nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -90,7 +95,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.resume and not list_commits(config.output_dir / "checkpoints"):
         raise ConfigError(f"--resume: {config.output_dir / 'checkpoints'} must hold a commit, got none")
     RunLock(config.output_dir).check()
-    if not arguments.fresh:
+    if arguments.fresh:
+        _kept_paths(config)
+    else:
         check_resumable(config, plan)
     if config.teacher.kind != "physics":
         _check_shard_shapes(config, plan)
@@ -99,6 +106,25 @@ def _run(arguments: argparse.Namespace) -> int:
             sys.stdout.write(describe_plan(config, plan, ds_student) + "\n")
         return 0
     return _train(config, plan, ds_student, ds_discriminator, is_fresh=arguments.fresh)
+
+
+def _kept_paths(config: RunConfig) -> list[Path]:
+    """What outlives a run: shards, the teacher's journal and videos, and every path that their sections name.
+
+    Raises:
+        ConfigError: one is the output folder itself.
+    """
+    kept, sections = [config.output_dir / "data", default_work_dir(config)], [config.teacher, config.data]
+    while sections:
+        values = [value for _, value in sections.pop()]
+        sections += [value for value in values if isinstance(value, Section)]
+        kept += [value for value in values if isinstance(value, Path)]
+    if config.output_dir.resolve() in [path.resolve() for path in kept]:
+        raise ConfigError(
+            f"--fresh would set aside what the teacher or the data section keeps in {config.output_dir} itself: "
+            "choose another output_dir"
+        )
+    return kept
 
 
 def _train(
@@ -110,7 +136,7 @@ def _train(
     output = config.output_dir
     with RunLock(output):
         if is_fresh and world.is_main:
-            moved = set_aside_run(output, keep=["data"])
+            moved = set_aside_run(output, keep=_kept_paths(config))
             if moved is not None:
                 logger.info("an earlier run was set aside in %s", moved)
         if world.is_main:

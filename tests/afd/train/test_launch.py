@@ -104,6 +104,28 @@ def test_what_the_built_in_world_did_not_make_is_never_replaced(
     assert f"{precious} exists already, prepared from teacher.kind=folder with other settings" in line
 
 
+def test_a_fresh_run_leaves_what_was_paid_for_where_it_is(
+    tiny: Any, capsys: pytest.CaptureFixture[str], clean_environment: None, tmp_path: Path
+) -> None:
+    stays = ["teacher/journal.jsonl", "paid/videos/a.mp4", "live/part-00000/index.json", "data/heldout/thesis.txt"]
+    moves = ["metrics.jsonl", "checkpoints/latest"]
+    for name in stays + moves:
+        (tiny.output / name).parent.mkdir(parents=True, exist_ok=True)
+        (tiny.output / name).write_text(name)
+    (tiny.output / "teacher").rename(tmp_path / "disk")
+    (tiny.output / "teacher").symlink_to(tmp_path / "disk")
+    knobs = {
+        "teacher__http__work_dir": str(tiny.output / "paid" / ".." / "paid"),
+        "teacher__live__cache": str(tiny.output / "live"),
+    }
+    assert main(tiny.arguments("--fresh", **knobs)) == 2  # for what stands in data/heldout
+    assert all((tiny.output / name).read_text() == name for name in stays)
+    assert all((tiny.output / "previous-1" / name).read_text() == name for name in moves)
+    knobs["teacher__pipeline__work_dir"] = str(tiny.output)
+    line = refusal(tiny.arguments("--fresh", **knobs), capsys, tiny.output)
+    assert f"--fresh would set aside what the teacher or the data section keeps in {tiny.output} itself" in line
+
+
 def test_folder_in_use_by_another_run_is_refused(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.output.mkdir()
     with (tiny.output / LOCK).open("w") as lock:
