@@ -18,7 +18,17 @@ from afd.config import RunConfig, Section
 from afd.config_file import ConfigError, dump_config, load_config
 from afd.data.integrity import open_dataset
 from afd.data.store import ShardStore
-from afd.distributed import World, adopt_slurm_task, barrier, broadcast_object, close_world, init_world, set_timeouts
+from afd.distributed import (
+    World,
+    adopt_slurm_task,
+    barrier,
+    broadcast_object,
+    close_world,
+    init_world,
+    set_timeouts,
+    world_rank,
+    world_size,
+)
 from afd.evaluation.report import terminal_table
 from afd.live import LiveTeacher
 from afd.models.encoders import load_codec
@@ -75,8 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ValueError, OSError) as error:
         if os.environ.get("AFD_TRACEBACK"):
             raise
-        if rank == 0:
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        text = " ".join(str(error).split())
+        if world_size() > 1:  # any rank may be the one that fails; the others then die of its silence
+            sys.stderr.write(f"error (rank {world_rank()} on {platform.node()}): {text}\n")
+        elif rank == 0:  # preflight: all fail alike
+            sys.stderr.write(f"error: {text}\n")
         return USER_ERROR
     finally:
         close_world()

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import platform
 import shutil
 import socket
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from afd.train import launch
 from afd.train.commit import LOCK, commit_name
 from afd.train.launch import main
 
@@ -78,6 +80,26 @@ def test_resume_needs_a_commit_and_contradicts_fresh(tiny: Any, capsys: pytest.C
     both = refusal(tiny.arguments("--resume", "--fresh"), capsys, tiny.output)
     assert "--resume and --fresh contradict each other" in both
     assert not tiny.output.exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_after_the_ranks_have_met_each_names_itself_beside_its_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    def fail(arguments: Any) -> int:
+        raise OSError("shard.00007 is damaged:\n expected 8 bytes, got 7")
+
+    monkeypatch.setattr(launch, "_run", fail)
+    monkeypatch.setenv("RANK", str(rank))
+    assert main([]) == 2
+    line = "error: shard.00007 is damaged: expected 8 bytes, got 7\n"
+    assert capsys.readouterr().err == ("" if rank else line), "before that all ranks fail alike"
+    monkeypatch.setattr("afd.distributed.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("afd.distributed.dist.get_rank", lambda: rank)
+    monkeypatch.setattr("afd.distributed.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("afd.distributed.dist.destroy_process_group", lambda: None)
+    assert main([]) == 2
+    assert capsys.readouterr().err == line.replace("error", f"error (rank {rank} on {platform.node()})")
 
 
 def test_missing_and_empty_shard_folders_are_named(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
