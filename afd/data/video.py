@@ -42,8 +42,8 @@ def decode_video(
 ) -> np.ndarray:
     """Decode the first num_frames / fps seconds of a video at exactly the wanted rate and size.
 
-    Output frame i shows time i / fps after the first frame. Each frame is cropped about its centre to the aspect
-    ratio width / height, then area-averaged down (or linearly interpolated up).
+    Output frame i shows time i / fps after the first frame. Each frame, turned as its container says, is cropped about
+    its centre to the aspect ratio width / height, then area-averaged down (or linearly interpolated up).
 
     Args:
         mp4: the file's bytes, or its path; any container and codec FFmpeg reads.
@@ -55,7 +55,8 @@ def decode_video(
     Returns:
         [F, H, W, 3] float32 RGB in [0, 1].
     Raises:
-        ValueError: the input is missing, empty, no video, damaged, or ends before the last wanted frame.
+        ValueError: the input is missing, empty, no video, damaged, turned by other than a multiple of 90 degrees, or
+            ends before the last wanted frame.
     """
     label = name or (str(mp4) if not isinstance(mp4, bytes) else "video in memory")
     if min(num_frames, height, width) < 1 or fps <= 0:
@@ -96,7 +97,7 @@ def decode_video(
 
 
 def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (seconds after the first frame, [H, W, 3] uint8 RGB) in order of presentation, times never falling."""
+    """Yield (seconds after the first frame, [H, W, 3] uint8 RGB as shown), in order; times never fall."""
     if not isinstance(mp4, bytes):
         if not Path(mp4).is_file():
             raise ValueError(f"{label}: no such file")
@@ -127,9 +128,26 @@ def _timed_pictures(mp4: bytes | str | Path, label: str) -> Iterator[tuple[float
                 if previous is not None and time_s < previous:
                     raise ValueError(f"{label}: time stamps run backwards, {previous:.3f} s then {time_s:.3f} s")
                 previous = time_s
-                yield time_s - first, converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                picture = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                yield time_s - first, _as_shown(picture, frame, label)
     except (FFmpegError, OSError) as error:
         raise ValueError(f"{label}: cannot be decoded as a video: {error.strerror or error}") from error
+
+
+def _as_shown(picture: np.ndarray, frame: Any, label: str) -> np.ndarray:
+    """Turn and mirror a coded [h, w, 3] picture as players do: phones write upright videos as sideways frames and a
+    display matrix, x' = a x + c y and y' = b x + d y with y down (ISO/IEC 14496-12, 6.2.2).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    a, b, _, c, d = map(int, np.frombuffer(matrix, np.int32)[:5])
+    straight, across = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if min(straight, across) > 0.01 * max(straight, across):
+        raise ValueError(f"{label}: must be shown turned by a multiple of 90 degrees, got {-frame.rotation} clockwise")
+    if across > straight:
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _open(mp4: bytes | str | Path) -> Any:

@@ -1,5 +1,6 @@
 """Decoding at another rate and size, and what is rejected."""
 
+import struct
 from pathlib import Path
 
 import av
@@ -59,6 +60,43 @@ def test_area_resize_averages_and_crop_is_centred() -> None:
     frames[:, :, :8] = 1.0
     decoded = decode_video(encode_video(frames, fps=10, crf=0), num_frames=3, height=4, width=4, fps=10)
     np.testing.assert_allclose(decoded, 0.5, atol=0.02)
+
+
+def with_matrix(mp4: bytes, a: int, b: int, c: int, d: int) -> bytes:
+    """The mp4 with this display matrix, as phones write it: x' = a x + c y, y' = b x + d y."""
+    start = mp4.index(b"tkhd") + 44
+    return mp4[:start] + struct.pack(">9i", *(v << 16 for v in (a, b, 0, c, d, 0, 0, 0)), 1 << 30) + mp4[start + 36 :]
+
+
+# The corners of the picture as `ffmpeg -i a.mp4 a.png` (autorotate) writes it: top, then bottom; "." is black.
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((1, 0, 0, 1), "RG B."),
+        ((0, 1, -1, 0), "BR .G"),  # a phone held upright
+        ((-1, 0, 0, -1), ".B GR"),
+        ((0, -1, 1, 0), "G. RB"),
+        ((-1, 0, 0, 1), "GR .B"),  # a mirrored selfie
+        ((1, 0, 0, -1), "B. RG"),
+        ((0, 1, 1, 0), "RB G."),
+        ((0, -1, -1, 0), ".G BR"),
+    ],
+)
+def test_videos_are_turned_as_players_show_them(matrix: tuple[int, int, int, int], shown: str) -> None:
+    frames = np.zeros((3, 32, 64, 3), np.float32)
+    frames[:, :8, :16, 0] = frames[:, :8, -16:, 1] = frames[:, -8:, :16, 2] = 1
+    data = with_matrix(encode_video(frames, fps=10, crf=1), *matrix)
+    height, width = (32, 64) if matrix[0] else (64, 32)
+    decoded = decode_video(data, num_frames=3, height=height, width=width, fps=10)
+    corners = decoded[1][np.ix_([3, -4], [3, -4])]
+    seen = ["".join("RGB"[np.argmax(corner)] if corner.max() > 0.4 else "." for corner in row) for row in corners]
+    assert " ".join(seen) == shown
+
+
+def test_other_angles_are_rejected() -> None:
+    data = with_matrix(encode_video(numbered(3), fps=10), 1, 1, -1, 1)
+    with pytest.raises(ValueError, match="tilted: must be shown turned by a multiple of 90 degrees, got 45 clockwise"):
+        decode_video(data, num_frames=3, height=4, width=4, fps=10, name="tilted")
 
 
 def test_path_and_bytes_decode_alike(tmp_path: Path) -> None:
