@@ -214,8 +214,13 @@ def require_samples(shards: ShardFolder, out: Path, rejects: Sequence[Reject]) -
         ValueError: there is none; quotes the first reasons.
     """
     if shards.num_samples == 0:
-        reasons = "; ".join(f"{reject.source_id}: {reject.reason}" for reject in rejects[:3]) or "none was offered"
-        raise ValueError(f"no sample to write to {out} ({len(rejects)} rejected: {reasons})")
+        raise ValueError(f"no sample to write to {out} ({quote_rejects(rejects, len(rejects))})")
+
+
+def quote_rejects(rejects: Sequence[Reject], count: int) -> str:
+    """What an error says of `count` rejects: how many, and the first three with their reasons."""
+    reasons = "; ".join(f"{reject.source_id}: {reject.reason}" for reject in rejects[:3])
+    return f"{count} rejected{reasons and ': ' + reasons}"
 
 
 def log_rejects(rejects: Sequence[Reject], count: int) -> None:

@@ -47,12 +47,16 @@ class Census:
         digest: sha256 over every request, in order: another digest means other shards.
         lowest: the lowest prompt key.
         num_prompts: 0, 1 or 2, counted no further.
+        num_rejects: what is no request: no caption, no such file, a broken line.
+        rejects: the first three of them.
     """
 
     num_requests: int
     digest: str
     lowest: bytes
     num_prompts: int
+    num_rejects: int
+    rejects: tuple[Reject, ...]
 
 
 def take_census(source: VideoSource) -> Census:
@@ -68,9 +72,12 @@ def take_census(source: VideoSource) -> Census:
         low, high = min(low or key, key), max(high or key, key)
         return False
 
-    for _ in source.videos(refuse):
-        pass
-    return Census(count, digest.hexdigest(), low, (low != b"") + (low != high))
+    num_rejects, rejects = 0, []
+    for given in source.videos(refuse):
+        num_rejects += 1
+        if isinstance(given, SourceReject) and num_rejects <= 3:
+            rejects.append(Reject(given.source_id, given.reason))
+    return Census(count, digest.hexdigest(), low, (low != b"") + (low != high), num_rejects, tuple(rejects))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from afd.config import RunConfig
 from afd.data.schema import settings_fingerprint
-from afd.data.writer import is_vacant, prepared_from, require_replaceable, shards_match
+from afd.data.writer import is_vacant, prepared_from, quote_rejects, require_replaceable, shards_match
 from afd.preparation import Overwrite, shard_folders
 from afd.preparation.intake import SPLITS, Census, SplitRule, hash_split, take_census
 from afd.preparation.journal import Journal, encoded_teachers
@@ -44,7 +44,8 @@ def _hash_split(config: RunConfig, census: Census) -> SplitRule:
     if census.num_prompts < 2:
         raise ValueError(
             f"the teacher must offer at least 2 different prompts, one to train on and one to hold out, "
-            f"got {census.num_prompts} in {census.num_requests} requests"
+            f"got {census.num_prompts} in {census.num_requests} requests "
+            f"({quote_rejects(census.rejects, census.num_rejects)})"
         )
     return hash_split(config.prepare.heldout_fraction, census.lowest)
 

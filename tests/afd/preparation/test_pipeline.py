@@ -179,6 +179,14 @@ def test_a_split_that_would_be_empty_is_refused_before_the_work(
     assert not config.output_dir.exists()
 
 
+def test_a_folder_without_a_usable_row_says_why(folder_of_videos: MakeFolder, config_for: MakeConfig) -> None:
+    videos = folder_of_videos(4)
+    captions(videos, [{"file_name": f"clip_{number}.mp4", "caption": "a ball"} for number in range(4)])
+    reasons = r"8 rejected: metadata\.jsonl:1 clip_0\.mp4: no such file; .*:2 .*; .*:3 clip_2\.mp4: no such file\)$"
+    with pytest.raises(ValueError, match=rf"got 0 in 0 requests \({reasons}"):
+        prepare_shards(config_for(videos))
+
+
 def test_a_published_split_is_not_made_again(folder_of_videos: MakeFolder, config_for: MakeConfig) -> None:
     config = config_for(folder_of_videos(8))
     prepare_shards(config)
