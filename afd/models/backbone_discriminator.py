@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afd.config import BackboneSection, StudentShape
+from afd.models.score_head import ScoreHead
 from afd.models.student import CausalStudent
 from afd_kernels import BlockCausalLayout
 
@@ -42,12 +43,12 @@ class TapHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.keys_values = nn.Linear(width, 2 * width)
         self.queries = nn.Parameter(torch.randn(num_queries, width) / width**0.5)
-        self.score = nn.Linear(num_queries * width, 1)
+        self.score = ScoreHead(num_queries * width, 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
     def forward(self, features: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Score features [N, frames * rows * columns, dim] of a token grid; [N], 0 before the first update."""
+        """Score features [N, frames * rows * columns, dim] of a token grid; [N] float32 or wider, 0 untrained."""
         x = self.project(self.norm_in(features))
         volume = x.transpose(1, 2).unflatten(2, grid)
         x = self.norm(x + F.silu(self.mix(volume)).flatten(2).transpose(1, 2))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from afd.config import DiscriminatorShape
 from afd.models.attention import CausalSelfAttention, CrossAttention
+from afd.models.score_head import ScoreHead
 from afd_kernels import BlockCausalLayout, rope_3d_table
 
 
@@ -45,7 +46,7 @@ class LatentDiscriminator(nn.Module):
         self.text_embedding = nn.Linear(shape.text_dim, shape.dim)
         self.blocks = nn.ModuleList([DiscriminatorBlock(shape) for _ in range(shape.num_layers)])
         self.norm_out = nn.LayerNorm(shape.dim)
-        self.head = nn.Linear(shape.dim, 1)
+        self.head = ScoreHead(shape.dim, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -10,22 +10,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afd.models.score_head import ScoreHead
 from afd.models.vlm_frames import patchify
 from afd.models.vlm_view import PADDING
 
 Vision = Literal["frozen", "lora", "full"]
 Positions = Literal["multimodal", "sequential"]
-
-
-class ScoreHead(nn.Linear):
-    """One number per vector in float32: scores of one prompt's rollouts differ by less than bfloat16 keeps."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Score vectors [..., D] of any dtype: [..., 1] float32."""
-        return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 class VLMDiscriminator(nn.Module):
@@ -88,7 +80,7 @@ class VLMDiscriminator(nn.Module):
         # No mask: attention is causal, and the score token stands before all padding.
         hidden = self.vlm.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
         scored: Tensor = hidden.last_hidden_state[rows, at.to(device)]  # [N, D]
-        return self.head(scored).squeeze(-1)
+        return self.head(scored).squeeze(-1).float()
 
     def _token_ids(self, condition: Tensor, lengths: Tensor, num_video: int) -> tuple[Tensor, Tensor]:
         """Ids [N, S] of the whole sequence, one place after the longest text included, and where the video is."""

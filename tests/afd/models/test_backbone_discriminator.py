@@ -116,6 +116,18 @@ def test_gradient_reaches_the_clip_through_frozen_blocks(gradient_checkpointing:
     assert (slope * direction).sum().item() == pytest.approx(measured.item(), rel=1e-5)
 
 
+def test_scores_of_a_bfloat16_model_are_finer_than_bfloat16() -> None:
+    discriminator = make_discriminator((0, 2))
+    for head in discriminator.heads:
+        nn.init.ones_(head.get_parameter("score.bias"))  # there bfloat16's steps are 2**-7
+    latents, prompt = (each[:1] for each in inputs())
+    noise = torch.randn(8, *latents.shape[1:], generator=seeded_generator(3))
+    scores = discriminator.bfloat16()(latents + 0.1 * noise, prompt.expand(8, -1, -1))
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+    assert len(scores.unique()) == 8
+
+
 def test_taps_are_the_ends_of_thirds_unless_written_down() -> None:
     assert [BackboneSection().taps(n) for n in (1, 2, 3, 4, 30)] == [
         (0,), (0, 1), (0, 1, 2), (0, 2, 3), (9, 19, 29),

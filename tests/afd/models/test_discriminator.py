@@ -91,6 +91,16 @@ def test_a_float64_model_returns_float32_scores(trained: LatentDiscriminator) ->
     torch.testing.assert_close(scores, single, rtol=0, atol=1e-5)
 
 
+def test_scores_of_a_bfloat16_model_are_finer_than_bfloat16(trained: LatentDiscriminator) -> None:
+    trained.head.bias.data.fill_(1.0)  # where bfloat16's steps are 2**-7, rollouts of one prompt fall together
+    clip, prompt = (tensor[:1] for tensor in inputs())
+    noise = torch.randn(8, *clip.shape[1:], generator=torch.Generator().manual_seed(2))
+    scores = trained.bfloat16()(clip + 0.1 * noise, prompt.expand(8, -1, -1))
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+    assert len(scores.unique()) == 8
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 6, 2), (2, 4, 6, 2, 9), (2, 3, 5, 2, 9), (2, 3, 6, 2, 8)])
 def test_wrong_latents_are_named(discriminator: LatentDiscriminator, shape: tuple[int, ...]) -> None:
     message = r"latents must be \[N, 3, F, H, W\] with F, H, W divisible by \[2, 1, 3\], got \["
