@@ -23,6 +23,7 @@ from afd.types import VideoBatch
 logger = logging.getLogger(__name__)
 _EVALUATION_STREAM = 101
 _BATCH = 32
+_SMALL_CACHE = 256 * 2**20  # bytes of keys and values of _BATCH clips that do not matter; the built-in world: 12 MiB
 
 Summary = dict[str, dict[str, float]]
 
@@ -49,24 +50,35 @@ class HeldoutEvaluator:
         codec: decodes latents to pixels.
         config: the run's; reads rollout, video, teacher and evaluation.
         world: ranks among which the clips are divided.
+        rollout_batch: clips that a training rollout generates together; None takes `rollout.batch_size`, or 1.
     """
 
     batch: VideoBatch
     codec: VideoCodec
     config: RunConfig
     world: World
+    rollout_batch: int | None = None
 
     def sample(self, student: CausalStudent, rows: list[tuple[int, int]]) -> Tensor:
         """Latents [len(rows), C, F, H, W] of (prompt row, seed) pairs; seeds are shared by all models."""
         times = sampler_times(self.config.rollout)
         parts = []
-        for start in range(0, len(rows), _BATCH):
-            part = rows[start : start + _BATCH]
+        batch_size = self._clips_together(student)
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
             keys = [(_EVALUATION_STREAM, int(self.batch.sample_ids[row]), seed) for row, seed in part]
             noise = rollout_noise(keys, times.num_noises, self.batch.latents.shape[1:]).to(self.batch.latents)
             embeds = self.batch.prompt_embeds[[row for row, _ in part]]
             parts.append(rollout(student, embeds, noise, times))
         return torch.cat(parts)
+
+    def _clips_together(self, student: CausalStudent) -> int:
+        """32 where their keys and values are small; else no more than a training rollout, whose memory was planned."""
+        frames, height, width = self.batch.latents.shape[2:]
+        cache = student.new_cache(_BATCH, frames, (height, width), device=torch.device("meta"))
+        if cache.num_bytes <= _SMALL_CACHE:
+            return _BATCH
+        return min(_BATCH, self.rollout_batch or self.config.rollout.batch_size or 1)
 
     def evaluate(self, student: CausalStudent) -> Summary:
         """Metrics of a student over held-out prompts x seeds, the same on every rank."""

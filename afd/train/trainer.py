@@ -75,6 +75,7 @@ class Trainer:
             codec,
             config,
             world,
+            rollout_batch=min(config.rollout.batch_size or plan.student_batch[1], plan.rollouts // plan.world_size),
         )
         self._samples: dict[str, np.ndarray] = {}
         self._probe: DiscriminatorProbe | None = None
