@@ -41,8 +41,8 @@ class RolloutSection(Section):
     Exact to rounding in float32; in bf16 the sum is rounded to the base's grid and small updates vanish. Refused
     without LoRA."""
     batch_size: Positive | None = None
-    """Rollouts generated together, in evaluations of large models too; None takes the JSON's micro batch (`afd evaluate`,
-    which has no JSON, 1), though without gradients many more fit."""
+    """Rollouts generated together, in evaluations of large models too; None takes the JSON's micro batch (`afd
+    evaluate`, which has no JSON, 1), though without gradients many more fit."""
     group_size: Positive = 4
     """Rollouts G per prompt; the prompts per step are the JSON's train_batch_size / G."""
     policy: Literal["current", "ema"] = "ema"
