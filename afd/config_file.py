@@ -6,7 +6,8 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,17 +29,24 @@ _OWNED_BY_DEEPSPEED = frozenset(
 )  # fmt: skip
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), *, output_dir: str | None = None) -> RunConfig:
     """Read a YAML file and dotted overrides such as `rollout.group_size=4` into a checked configuration.
 
-    A file may start from another one: `base: quickstart.yaml`, relative to its own folder.
+    A file may start from another one: `base: quickstart.yaml`, relative to its own folder. An override's value is
+    YAML, but for a field that takes words or a path it is the text as it stands, unless that is quoted, empty or null.
 
+    Args:
+        path: the file.
+        overrides: `section.field=value`, over the file.
+        output_dir: over both, as it stands.
     Raises:
         ConfigError: one line naming the field, what was expected and what came.
     """
     tree = _read_tree(path, seen=())
     for override in overrides:
         _apply_override(tree, override)
+    if output_dir is not None:
+        tree["output_dir"] = output_dir or None  # "" is a variable that is not set, hardly this folder
     _refuse_unknown(tree, RunConfig, prefix="")
     try:
         return RunConfig(**tree)
@@ -54,12 +62,13 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans: `true` and `false`. 1.1 also takes `off`, `no`, `on` and `yes`, which are words here (fields
-    that are true or false understand them all the same)."""
+    """YAML 1.2: no dates, and only `true` and `false` are booleans. 1.1 also takes `off`, `no`, `on` and `yes`, which
+    are words here (fields that are true or false understand them all the same)."""
 
 
+_NOT_IN_YAML_1_2 = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_IN_YAML_1_2]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -73,7 +82,7 @@ def _read_tree(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"base of {seen[-1]} must not lead back to {path}")
     try:
         tree = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path} must hold a mapping of sections, got {type(tree).__name__}")
@@ -99,8 +108,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(path):
         raise ConfigError(f"override must read section.field=value, got {override!r}")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = _as_it_stands(text) if _takes_text(path) else yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"override {key} must have a YAML value, got {text!r}") from error
     node = tree
     for part in path[:-1]:
@@ -109,6 +118,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {key}: {part!r} is a value, not a section")
         node = child
     node[path[-1]] = value
+
+
+def _takes_text(path: Sequence[str]) -> bool:
+    """Whether the field of this dotted name takes words or a path (or null), and nothing else."""
+    annotation: Any = RunConfig
+    for part in path:
+        fields = getattr(annotation, "model_fields", {})
+        if part not in fields:
+            return False
+        annotation = fields[part].annotation
+    kinds = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return {str, Path, NoneType}.issuperset(kinds)
+
+
+def _as_it_stands(text: str) -> Any:
+    """An override's text, which YAML would cut at ` #` or take for a date or a number; null and quotes are YAML's."""
+    return yaml.load(text, _Loader) if text in ("", "~", "null") or text[0] in "'\"" else text
 
 
 def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], *, prefix: str) -> None:

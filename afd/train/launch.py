@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="DeepSpeed JSON of the student's engine (default: %(default)s)")  # fmt: skip
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"),
                         help="YAML configuration (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--output_dir", type=Path, help="where the run is written (overrides the configuration)")
+    parser.add_argument("--output_dir", help="where the run is written (overrides the configuration)")
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in the output folder; the default when it holds a commit")  # fmt: skip
     parser.add_argument(
@@ -96,12 +96,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    overrides = list(arguments.overrides)
-    if arguments.output_dir is not None:
-        overrides.append(f"output_dir={arguments.output_dir}")
     if arguments.resume and arguments.fresh:
         raise ConfigError("--resume and --fresh contradict each other, got both")
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, arguments.overrides, output_dir=arguments.output_dir)
     ds_student = load_ds_config(arguments.ds_config)
     ds_discriminator = load_ds_config(config.discriminator.ds_config)
     plan = plan_run(config, ds_student, ds_discriminator, world_size=int(os.environ.get("WORLD_SIZE", "1")))

@@ -82,6 +82,38 @@ def test_what_is_true_or_false_may_be_said_in_many_ways(tmp_path: Path, text: st
     assert load_config(write(tmp_path, f"data:\n  shuffle: {text}\n")).data.shuffle is value
 
 
+@pytest.mark.parametrize(
+    "text", ["runs/a #2", "/x/a: b", "2024-06-01", "2024-13-01", "17", "1e3", "[a]", "{a", "- b", "off", "a 'b'"]
+)
+def test_words_and_paths_are_taken_as_they_stand(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, "")
+    assert load_config(path, [f"output_dir={text}"]).output_dir == Path(text)
+    assert load_config(path, output_dir=text).output_dir == Path(text)
+    config = load_config(path, [f"teacher.folder.path={text}", f"teacher.pipeline.negative_prompt={text}"])
+    assert config.teacher.folder.path == Path(text)
+    assert config.teacher.pipeline.negative_prompt == text
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_null_and_quotes_mean_what_they_mean_in_yaml(tmp_path: Path) -> None:
+    path = write(tmp_path, "teacher:\n  licence: mine\n  folder:\n    path: a\n")
+    assert load_config(path, ["teacher.folder.path=null"]).teacher.folder.path is None
+    assert load_config(path, ["teacher.folder.path="]).teacher.folder.path is None
+    assert load_config(path, ["teacher.folder.path='null'"]).teacher.folder.path == Path("null")
+    assert load_config(path, ['teacher.licence=""']).teacher.licence == ""
+    assert load_config(path, ['teacher.licence="a # b"']).teacher.licence == "a # b"
+    assert load_config(path, output_dir="null").output_dir == Path("null")
+    for nothing in ("output_dir=", "output_dir=null"):
+        assert refusal(path, nothing).startswith("output_dir: Input is not a valid path")
+    with pytest.raises(ConfigError, match="output_dir: Input is not a valid path"):
+        load_config(path, output_dir="")
+
+
+def test_a_date_in_a_file_is_a_word(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "output_dir: 2024-06-01\n")).output_dir == Path("2024-06-01")
+    assert load_config(write(tmp_path, "output_dir: 2024-13-01\n")).output_dir == Path("2024-13-01")
+
+
 def test_the_shipped_configuration_is_valid() -> None:
     assert load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml").rollout.group_size > 1
 
@@ -122,6 +154,8 @@ def test_deepspeeds_knobs_are_sent_to_its_json(tmp_path: Path, key: str) -> None
         ("rollout..group_size=4", "override must read section.field=value, got 'rollout..group_size=4'"),
         ("seed.x=4", "override seed.x: 'seed' is a value, not a section"),
         ("rollout.steps=[1000", "override rollout.steps must have a YAML value, got '[1000'"),
+        ("seed=0x_", "override seed must have a YAML value, got '0x_'"),
+        ("teacher.licence='a", 'override teacher.licence must have a YAML value, got "\'a"'),
     ],
 )
 def test_wrong_values_name_the_field_and_what_came(tmp_path: Path, override: str, message: str) -> None:

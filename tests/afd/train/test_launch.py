@@ -177,6 +177,11 @@ def test_dry_run_shows_the_plan_and_touches_nothing(tiny: Any, capsys: pytest.Ca
     assert not tiny.output.exists()
 
 
+def test_an_output_folder_is_taken_as_it_stands(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*tiny.arguments("--dry_run"), "--output_dir", f"{tiny.output} #2"]) == 0
+    assert f"output_dir: '{tiny.output} #2'\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_other_runs_and_damaged_shards_are_refused_untouched(
     tiny: Any, capsys: pytest.CaptureFixture[str], run: Any, clean_environment: None
