@@ -62,8 +62,25 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2: no dates, and only `true` and `false` are booleans. 1.1 also takes `off`, `no`, `on` and `yes`, which
-    are words here (fields that are true or false understand them all the same)."""
+    """YAML 1.2: no key twice in a mapping, no dates, and only `true` and `false` are booleans. 1.1 also takes `off`,
+    `no`, `on` and `yes`, which are words here (fields that are true or false understand them all the same)."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as written, before anything is merged into it.
+
+        Raises:
+            ValueError: a key appears twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(f"key {key.value!r} appears twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
+        return node
 
 
 _NOT_IN_YAML_1_2 = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")

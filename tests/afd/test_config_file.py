@@ -114,6 +114,16 @@ def test_a_date_in_a_file_is_a_word(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "output_dir: 2024-13-01\n")).output_dir == Path("2024-13-01")
 
 
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "rollout:\n  group_size: 8\nseed: 1\nrollout:\n  shift: 2.0\n")
+    assert refusal(path) == f"--config {path} is not valid YAML: key 'rollout' appears twice, in lines 1 and 4"
+    path = write(tmp_path, "rollout: {group_size: 8, group_size: 4}\n")
+    assert refusal(path).endswith("key 'group_size' appears twice, in lines 1 and 1")
+    merged = "teacher:\n  <<: {num_prompts: 7, first_seed: 2}\n  num_prompts: 9\n"
+    teacher = load_config(write(tmp_path, merged)).teacher
+    assert (teacher.num_prompts, teacher.first_seed) == (9, 2)
+
+
 def test_the_shipped_configuration_is_valid() -> None:
     assert load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml").rollout.group_size > 1
 
