@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ def add_to(commands: Any) -> None:
     evaluate.add_argument("--checkpoint", type=Path, required=True, help="a commit, or a run's output folder")
     evaluate.add_argument("--weights", default="ema", help="ema, old, reference (the base student) or raw")
     evaluate.add_argument(
-        "--out", type=Path, help="JSON to write (default: evaluation-WEIGHTS.json in the commit's run)"
+        "--out",
+        type=Path,
+        help="JSON to write, over an older one (default: evaluation-WEIGHTS.json in the commit's run)",
     )
     evaluate.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="over the run's own configuration"
@@ -34,11 +37,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from afd.train.checkpoint import CONFIG
     from afd.train.restore import load_commit, resolve_commit
 
-    commit = resolve_commit(arguments.checkpoint)
+    commit = resolve_commit(arguments.checkpoint).resolve()
+    out = _checked_out(arguments.out or commit.parent.parent / f"evaluation-{arguments.weights}.json")
     config = load_config(commit / CONFIG, arguments.overrides)
-    out = arguments.out or commit.parents[1] / f"evaluation-{arguments.weights}.json"
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out must be in an existing folder, got {out}")
     student, _ = load_commit(commit, average=None if arguments.weights == "raw" else arguments.weights)
     folder, remote = shard_places(config)[1]
     read = to_batch(read_all(folder, remote=remote, limit=config.evaluation.max_prompts))
@@ -52,9 +53,23 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         close_world()
     if world.is_main:
         plain = {name: _without_nan(summary) for name, summary in roles.items()}
-        record = {"commit": commit.name, "weights": arguments.weights, **plain}
-        out.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-        print(f"{terminal_table(roles)}\n\n{out}")
+        how = {"commit": commit.name, "weights": arguments.weights, "overrides": arguments.overrides}
+        print(f"{terminal_table(roles)}\n", flush=True)
+        out.write_text(json.dumps({**how, **plain}, indent=2, allow_nan=False) + "\n")
+        print(out)
+
+
+def _checked_out(out: Path) -> Path:
+    """The file to write, refused before anything is measured where it cannot be.
+
+    Raises:
+        ConfigError: it is a folder, or its own folder is missing or may not be written.
+    """
+    if out.is_dir():
+        raise ConfigError(f"--out must be a JSON file to write, got the folder {out}")
+    if not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ConfigError(f"--out must be a file that can be written, in an existing folder, got {out}")
+    return out
 
 
 def _without_nan(summary: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
