@@ -1,5 +1,6 @@
 """The shipped DeepSpeed JSONs: valid for us and for DeepSpeed, in pairs that fit, and explained line by line."""
 
+import importlib
 import inspect
 import json
 import re
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from afd.train import ds_config
 from afd.train.ds_config import batch_arithmetic, load_ds_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -65,6 +67,18 @@ def test_deepspeeds_own_parser_takes_every_file_and_refuses_unknown_keys() -> No
             wrong = config["zero_optimization"] | {"offload_optimizer": offload | {"no_such_key": 1}}
             with pytest.raises(ValueError, match="no_such_key"):
                 DeepSpeedConfig(config | {"zero_optimization": wrong})
+
+
+@pytest.mark.slow
+def test_the_fields_and_optimizers_that_we_know_are_deepspeeds() -> None:
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    for file, name in ds_config._MODELS.values():
+        model = getattr(importlib.import_module(f"deepspeed.{file.removesuffix('.py').replace('/', '.')}"), name)
+        fields = {each for key, field in model.model_fields.items() for each in (key, field.alias or key)}
+        assert ds_config.deepspeed_fields(file, name) == fields
+    of_mup = {"muadam", "muadamw", "musgd"}
+    assert {each.lower() for each in ds_config._OPTIMIZERS} == set(DEEPSPEED_OPTIMIZERS) - of_mup
 
 
 def test_a_top_level_key_that_deepspeed_would_ignore_is_refused_by_us(tmp_path: Path) -> None:

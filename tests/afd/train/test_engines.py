@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from afd.train.ds_config import batch_arithmetic, load_ds_config
+from afd.train.ds_config import batch_arithmetic, check_ds_config, load_ds_config
 from afd.train.engines import bare_module, build_engine, gathered, zero_stage
 
 WORKER = Path(__file__).with_name("engines_worker.py")
@@ -23,6 +23,14 @@ GOOD: dict[str, Any] = {
 
 def without(key: str) -> dict[str, Any]:
     return {name: value for name, value in GOOD.items() if name != key}
+
+
+def zero(**more: Any) -> dict[str, Any]:
+    return {**GOOD, "zero_optimization": {"stage": 3, **more}}
+
+
+def adam(kind: str = "AdamW", *, lr: Any = 1e-3) -> dict[str, Any]:
+    return {**GOOD, "optimizer": {"type": kind, "params": {"lr": lr}}}
 
 
 @pytest.fixture(scope="module", params=[("plain", 1), ("deepspeed", 2)], ids=["1 rank", "2 ranks"])
@@ -83,8 +91,34 @@ def test_shipped_configs_fit_one_and_two_ranks() -> None:
         ({**GOOD, "bf16": {"enabled": True}}, "'bf16.check_grad_overflow' must be set"),
         (
             {**GOOD, "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
-            "'zero_optimization.offload_param.device' nvme is not supported",
+            r"'zero_optimization.offload_param.device' must be 'none' or 'cpu' \(nvme is not supported",
         ),
+        ({**GOOD, "bf16": True}, "'bf16' must be an object, got True"),
+        ({**GOOD, "scheduler": True}, "'scheduler' must be an object, got True"),
+        ({**GOOD, "scheduler": {}}, "'scheduler' must be .*, got {}"),
+        ({**GOOD, "bf16": {"enabled": "yes"}}, "'bf16.enabled' must be true or false, got 'yes'"),
+        (zero(offload_optimizer=None), "'zero_optimization.offload_optimizer' must be an object, got None"),
+        (zero(offload_optimizer="cpu"), "'zero_optimization.offload_optimizer' must be an object, got 'cpu'"),
+        (zero(zero_hpz_partition_size="2"), "hpz_partition_size' must be an integer >= 1, got '2'"),
+        (zero(zero_hpz_partition_size=True), "hpz_partition_size' must be an integer >= 1, got True"),
+        (zero(reduce_bucket_size=None), "reduce_bucket_size' must be a finite number > 0, got None"),
+        (
+            zero(offload_optimiser={"device": "cpu"}),
+            "unknown key 'zero_optimization.offload_optimiser', did you mean 'zero_optimization.offload_optimizer'",
+        ),
+        (
+            zero(stage3_prefetch_bucket=1),
+            "'zero_optimization.stage3_prefetch_bucket', did you mean 'zero_optimization.stage3_prefetch_bucket_size'",
+        ),
+        (zero(offload_param={"devise": "cpu"}), "did you mean 'zero_optimization.offload_param.device'"),
+        ({**GOOD, "optimizer": {"type": "AdamW", "params": None}}, "'optimizer' must be"),
+        (adam(lr="1e-4"), "'optimizer.params.lr' must be a finite number > 0, got '1e-4'"),
+        (adam(lr=-1), "'optimizer.params.lr' must be a finite number > 0, got -1"),
+        (adam(lr=float("nan")), "'optimizer.params.lr' must be a finite number > 0, got nan"),
+        (adam("Adamm"), "'optimizer.type' must be one of Adagrad, .* got 'Adamm', did you mean 'Adam'"),
+        (adam("Optimizer"), "'optimizer.type' must be one of .* got 'Optimizer'"),
+        ({**GOOD, "gradient_clipping": "1"}, "'gradient_clipping' must be a finite number >= 0, got '1'"),
+        ({**GOOD, "gradient_clipping": -1}, "'gradient_clipping' must be a finite number >= 0, got -1"),
         ([1], "must hold a JSON object, got list"),
     ],
 )
@@ -95,6 +129,24 @@ def test_bad_config_is_one_clear_line(tmp_path: Path, config: object, message: s
         load_ds_config(file)
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        zero(
+            offload_optimizer={"device": "cpu", "pin_memory": True}, stage3_max_live_parameters=1e9, sub_group_size=1e9
+        ),
+        zero(prefetch_bucket_size=1, zero_hpz_partition_size=1),
+        {**GOOD, "gradient_clipping": 0, "bf16": {"enabled": False}},
+        {**GOOD, "scheduler": {"type": "WarmupLR", "params": {}}},
+        adam("adamw"),
+        adam("SGD"),
+        adam("Lion"),
+    ],
+)
+def test_what_deepspeed_takes_is_taken(config: dict[str, Any]) -> None:
+    check_ds_config(config)
 
 
 def test_unreadable_config_is_one_clear_line(tmp_path: Path) -> None:
