@@ -29,20 +29,20 @@ _OWNED_BY_DEEPSPEED = frozenset(
 )  # fmt: skip
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), *, output_dir: str | None = None) -> RunConfig:
+def load_config(path: Path | None, overrides: Sequence[str] = (), *, output_dir: str | None = None) -> RunConfig:
     """Read a YAML file and dotted overrides such as `rollout.group_size=4` into a checked configuration.
 
     A file may start from another one: `base: quickstart.yaml`, relative to its own folder. An override's value is
     YAML, but for a field that takes words or a path it is the text as it stands, unless that is quoted, empty or null.
 
     Args:
-        path: the file.
+        path: the file; None for the defaults.
         overrides: `section.field=value`, over the file.
         output_dir: over both, as it stands.
     Raises:
         ConfigError: one line naming the field, what was expected and what came.
     """
-    tree = _read_tree(path, seen=())
+    tree = {} if path is None else _read_tree(path, seen=())
     for override in overrides:
         _apply_override(tree, override)
     if output_dir is not None:
@@ -51,9 +51,16 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, output_dir: str | 
     try:
         return RunConfig(**tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from error
+        raise ConfigError(": ".join(first_problem(error))) from error
+
+
+def first_problem(error: ValidationError) -> tuple[str, ...]:
+    """Where a model refused its values first (left out for the model as a whole), and what was expected and came."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not isinstance(first["input"], dict):  # else it is a section, whose validator says what came
+        message += f", got {first['input']!r}"
+    return (".".join(map(str, first["loc"])), message) if first["loc"] else (message,)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -24,6 +24,7 @@ from afd.data.live_loader import LiveLoader, LiveRules, part_folder
 from afd.data.loader import ShardLoader, build_loader, iterate
 from afd.data.schema import Reject, Sample
 from afd.data.writer import DATASET_FILE, write_shards
+from afd.device import checked_device
 from afd.distributed import World
 from afd.preparation import shard_places
 from afd.preparation.decoding import decode_clip
@@ -153,9 +154,8 @@ def live_source(config: RunConfig) -> VideoSource:
         return open_source(config)
     count = teacher.num_prompts + (teacher.live.max_videos or teacher.num_prompts)
     world = PhysicsTeacher(teacher.physics)
-    requests = [
-        VideoRequest(prompt, seed, world.source_id(prompt, seed)) for seed, prompt in enumerate(training_prompts(count))
-    ]
+    prompts = training_prompts(count, field="teacher.num_prompts + teacher.live.max_videos")
+    requests = [VideoRequest(prompt, seed, world.source_id(prompt, seed)) for seed, prompt in enumerate(prompts)]
     return GeneratedSource(world, requests, teacher="physics", version=world.version)
 
 
@@ -187,7 +187,7 @@ def fetch(config: RunConfig, source: VideoSource) -> int:
         room = None if room is None else room - 1
         return True
 
-    encoder = ClipEncoder(config, device=live.device)
+    encoder = ClipEncoder(config, device=checked_device(live.device, "teacher.live.device"))
     samples: list[Sample] = []
     num_new = 0
     for outcome in source.videos(wanted):

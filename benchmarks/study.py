@@ -48,6 +48,8 @@ from study_scores import METRICS, TOTALS, preference  # noqa: E402
 from study_tables import append_rows, read_rows, write_tables  # noqa: E402
 from study_time import Clock  # noqa: E402
 
+from afd.commands.options import positive_int  # noqa: E402 (the path first)
+
 _INTERRUPTED = 130
 Job = Callable[[int | None], None]
 
@@ -108,7 +110,7 @@ def _parse() -> argparse.Namespace:
         help="families with their own search, else the first family's (default: the preset's)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write (default: outputs/study_<preset>)")
-    parser.add_argument("--jobs", type=int, help="runs at a time without GPUs (default: 2, or 1 on one core)")
+    parser.add_argument("--jobs", type=positive_int, help="runs at a time without GPUs (default: 2, or 1 on one core)")
     parser.add_argument("--dry_run", action="store_true", help="print the rows and the time they take, and stop")
     arguments = parser.parse_args()
     arguments.out = arguments.out or ROOT / "outputs" / f"study_{arguments.preset}"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from afd.commands.options import add_config
+from afd.commands.options import add_config, positive_int
 from afd.config_file import load_config
 
 
@@ -35,7 +35,7 @@ def add_to(commands: Any) -> None:
     preview = commands.add_parser("preview", help="contact sheet of a shard folder")
     preview.add_argument("shards", type=Path)
     preview.add_argument("--out", type=Path, required=True, help="png to write")
-    preview.add_argument("--num", type=int, default=8, help="videos in the sheet")
+    preview.add_argument("--num", type=positive_int, default=8, help="videos in the sheet")
     preview.set_defaults(run=_preview)
 
 

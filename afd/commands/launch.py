@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from afd.commands.options import add_config
 from afd.config import RunConfig
-from afd.config_file import ConfigError, load_config
+from afd.config_file import ConfigError, first_problem, load_config
 from afd.slurm import KINDS, SIGNAL_MARGIN_S, SlurmJob, render
 
 _TEXT_OPTIONS = ("name", "time", "memory", "partition", "account", "qos", "constraint", "reservation", "log_dir",
@@ -122,10 +122,8 @@ def _job(arguments: argparse.Namespace) -> SlurmJob:
             output_dir=str(config.output_dir),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--{where.replace('_', '-')}: {message}" if where else message) from None
+        *where, message = first_problem(error)
+        raise ConfigError(": ".join([*(f"--{each.replace('_', '-')}" for each in where), message])) from None
 
 
 def _check_batches(job: SlurmJob) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afd.commands.options import add_config
+from afd.commands.options import add_config, non_negative_float, positive_int
 from afd.config import DiscriminatorSection
 from afd.config_file import load_config
 
@@ -22,10 +22,10 @@ def add_to(commands: Any) -> None:
     plan.add_argument("--ds_config", type=Path, help="DeepSpeed JSON of the student's engine; by default "
                       "zero3_h100.json, and zero3.json where the discriminator's is the built-in world's")  # fmt: skip
     plan.add_argument("--gpu", choices=sorted(GPUS), default="h100-80g")
-    plan.add_argument("--gpus", type=int, default=8)
-    plan.add_argument("--gpus_per_node", type=int, default=GPUS_PER_NODE)
+    plan.add_argument("--gpus", type=positive_int, default=8)
+    plan.add_argument("--gpus_per_node", type=positive_int, default=GPUS_PER_NODE)
     plan.add_argument("--interconnect", choices=sorted(INTERCONNECTS), default="ib-400")
-    plan.add_argument("--price", type=float, help="$ per GPU and hour")
+    plan.add_argument("--price", type=non_negative_float, help="$ per GPU and hour")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
     plan.add_argument("--write_docs", type=Path, metavar="FILE", help="rewrite the tables of docs/planning.md and stop")
     plan.set_defaults(run=_plan)

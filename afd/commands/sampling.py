@@ -6,10 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afd.config import RunConfig
-from afd.config_file import ConfigError, load_config
+from pydantic import ValidationError
+
+from afd.commands.options import non_negative_float, non_negative_int, port, positive_float, positive_int
+from afd.config import RunConfig, StudentShape
+from afd.config_file import ConfigError, first_problem, load_config
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from afd.models.student import CausalStudent
@@ -43,25 +47,31 @@ def add_to(commands: Any) -> None:
     sample.add_argument("--out", type=Path, help="mp4 to write; needed unless --serve")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--weights", default="ema", help="of a commit: ema, old, reference (the base student) or raw")
-    sample.add_argument("--scale", type=int, default=8, help="enlarge tiny videos for watching")
+    sample.add_argument("--scale", type=positive_int, default=8, help="enlarge tiny videos for watching")
     sample.add_argument("--device", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
     sample.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the student")
     stream = sample.add_argument_group("streaming")
     stream.add_argument("--stream", action="store_true", help="write and show chunks as they are generated")
-    stream.add_argument("--seconds", type=float, help="length of the video; default until Ctrl-C or the page's Stop")
+    stream.add_argument(
+        "--seconds", type=positive_float, help="length of the video; default until Ctrl-C or the page's Stop"
+    )
     stream.add_argument(
         "--then", nargs=2, action="append", metavar=("SECONDS", "PROMPT"), default=[], help="change the prompt there"
     )
-    stream.add_argument("--serve", type=int, metavar="PORT", help="play live on a web page; 0 takes a free port")
+    stream.add_argument("--serve", type=port, metavar="PORT", help="play live on a web page; 0 takes a free port")
     stream.add_argument("--host", default="127.0.0.1", help="address to serve on")
-    stream.add_argument("--ahead", type=float, default=1.0, help="seconds generated ahead of playback with --serve")
+    stream.add_argument(
+        "--ahead", type=non_negative_float, default=1.0, help="seconds generated ahead of playback with --serve"
+    )
     stream.add_argument(
         "--window",
-        type=int,
+        type=positive_int,
         help="latent frames a query sees; default the student's, else its training's less the sink",
     )
     stream.add_argument(
-        "--sink", type=int, help="first latent frames that stay visible; default the student's, else none"
+        "--sink",
+        type=non_negative_int,
+        help="first latent frames that stay visible; default the student's, else none",
     )
     sample.set_defaults(run=_sample)
 
@@ -76,10 +86,12 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise ConfigError("--out must name the mp4 to write, got none")
     if out is not None and (out.suffix != ".mp4" or not out.parent.is_dir()):
         raise ConfigError(f"--out must name an .mp4 in an existing folder, got {out}")
-    images = _images(arguments)
-    student, config = _load(arguments, len(images))
+    from afd.device import checked_device
+
+    changes, images = _changes(arguments.then), _images(arguments)
+    student, config = _load(arguments, len(images), checked_device(arguments.device, "--device"))
     if arguments.stream:
-        _stream(arguments, student, config, images)
+        _stream(arguments, student, config, changes, images)
         return
     from afd.sampling import sample_video
 
@@ -110,24 +122,22 @@ def _images(arguments: argparse.Namespace) -> tuple[Image.Image, ...]:
     return tuple(pictures)
 
 
-def _load(arguments: argparse.Namespace, num_images: int) -> tuple[CausalStudent, RunConfig]:
+def _load(arguments: argparse.Namespace, num_images: int, device: torch.device) -> tuple[CausalStudent, RunConfig]:
     """The student on its device and the configuration it runs with; what does not fit is refused first."""
     import torch
 
     from afd.config import configured_shape
     from afd.models.encoders import student_path
     from afd.models.weights import load_student, read_student_shape, stored_shape
-    from afd.sampling.checks import check_sampling
 
     config = load_config(arguments.config) if arguments.config else RunConfig()
     path = arguments.checkpoint or student_path(config.student)
     if not path.exists():
         raise ConfigError(f"--checkpoint (or student.init_from) {path} does not exist")
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if path.is_file() or any((path / name).is_file() for name in ("config.json", "model_index.json")):
         given = config.student.model_dump()
         shape = read_student_shape(path, given)
-        check_sampling(config, shape, is_stream=arguments.stream, num_images=num_images)
+        _check(arguments, config, shape, num_images)
         student = load_student(path, config=given, dtype=getattr(torch, arguments.dtype))
     else:
         from afd.train.checkpoint import CONFIG, STUDENT_WEIGHTS
@@ -138,22 +148,47 @@ def _load(arguments: argparse.Namespace, num_images: int) -> tuple[CausalStudent
         commit, average = resolve_commit(path), None if arguments.weights == "raw" else arguments.weights
         config = load_config(commit / CONFIG)
         shape = configured_shape(stored_shape(commit / STUDENT_WEIGHTS), config.student)
-        check_sampling(config, shape, is_stream=arguments.stream, num_images=num_images)
+        _check(arguments, config, shape, num_images)
         student, config = load_commit(commit, average=average)
     return student.eval().requires_grad_(False).to(device, getattr(torch, arguments.dtype)), config
 
 
-def _stream(
-    arguments: argparse.Namespace, student: CausalStudent, config: RunConfig, images: tuple[Image.Image, ...]
-) -> None:
-    from afd.sampling.session import StreamRequest, run_stream, streaming_shape
+def _check(arguments: argparse.Namespace, config: RunConfig, shape: StudentShape, num_images: int) -> None:
+    from afd.sampling.checks import check_sampling
 
-    student.shape = streaming_shape(
-        student.shape, trained_frames=config.video.num_frames, window=arguments.window, sink=arguments.sink
-    )
+    check_sampling(config, shape, is_stream=arguments.stream, num_images=num_images)
+    if arguments.stream:
+        _streaming_shape(arguments, config, shape)
+
+
+def _streaming_shape(arguments: argparse.Namespace, config: RunConfig, shape: StudentShape) -> StudentShape:
+    """The shape to stream with.
+
+    Raises:
+        ConfigError: the window does not hold a chunk.
+    """
+    from afd.sampling.session import streaming_shape
+
+    frames = config.video.num_frames
+    try:
+        return streaming_shape(shape, trained_frames=frames, window=arguments.window, sink=arguments.sink)
+    except ValidationError as error:
+        raise ConfigError(f"--window {arguments.window}: {': '.join(first_problem(error))}") from error
+
+
+def _stream(
+    arguments: argparse.Namespace,
+    student: CausalStudent,
+    config: RunConfig,
+    changes: tuple[tuple[float, str], ...],
+    images: tuple[Image.Image, ...],
+) -> None:
+    from afd.sampling.session import StreamRequest, run_stream
+
+    student.shape = _streaming_shape(arguments, config, student.shape)
     request = StreamRequest(
         prompt=arguments.prompt,
-        then=_changes(arguments.then),
+        then=changes,
         seconds=arguments.seconds,
         out=arguments.out,
         port=arguments.serve,
@@ -174,9 +209,9 @@ def _changes(pairs: list[list[str]]) -> tuple[tuple[float, str], ...]:
     changes = []
     for seconds, prompt in pairs:
         try:
-            changes.append((float(seconds), prompt))
-        except ValueError as error:
-            raise ConfigError(f"--then must give SECONDS PROMPT, got {seconds!r} for the seconds") from error
+            changes.append((non_negative_float(seconds), prompt))
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"--then SECONDS PROMPT: the seconds {error}") from error
     return tuple(sorted(changes, key=lambda change: change[0]))
 
 

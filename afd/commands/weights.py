@@ -6,11 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from afd.commands.options import add_config
-from afd.config import StudentSection
-from afd.config_file import ConfigError, load_config
+from afd.config_file import load_config
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
@@ -85,14 +82,5 @@ def _student_fields(pairs: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: not such pairs, or the section refuses them.
     """
-    fields: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"student fields must be written field=value, got {pair!r}")
-        fields[name] = yaml.safe_load(value)
-    try:
-        section = StudentSection.model_validate(fields)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return {name: getattr(section, name) for name in fields}
+    section = load_config(None, [f"student.{pair}" for pair in pairs]).student
+    return {name: getattr(section, name) for name in section.model_fields_set}

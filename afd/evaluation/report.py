@@ -76,6 +76,7 @@ def build_report(output_dir: Path) -> Path:
         The report's path.
     Raises:
         FileNotFoundError: the folder holds none of the files a report is made of.
+        ValueError: one of them is no whole JSON object.
     """
     output_dir = Path(output_dir)
     if not any((output_dir / name).exists() for name in SOURCES):
@@ -115,7 +116,15 @@ def build_report(output_dir: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a whole JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _facts(run: Mapping[str, Any], series: Mapping[str, Series]) -> dict[str, str]:

@@ -48,10 +48,12 @@ def prepare_shards(config: RunConfig, *, overwrite: Overwrite = False, retry: bo
     Returns:
         The summaries of what was written, by split; empty when everything was there.
     Raises:
-        ValueError: a folder (or an unfinished preparation) holds other shards and overwrite is False, a split would be
-            empty, or the teacher is not queryable.
+        ValueError: there is no such device as `prepare.device`, a folder (or an unfinished preparation) holds other
+            shards and overwrite is False, a split would be empty, or the teacher is not queryable.
         OSError: the disk is too full.
     """
+    from afd.device import checked_device
     from afd.preparation.pipeline import prepare
 
+    checked_device(config.prepare.device, "prepare.device")
     return prepare(config, overwrite=overwrite, retry=retry)

@@ -13,14 +13,10 @@ from torch import Tensor
 from afd.config import RunConfig
 from afd.data.schema import Reject, Sample
 from afd.data.video import encode_video
+from afd.device import checked_device
 from afd.models.encoders import VideoCodec, load_codec, load_text_encoder
 from afd.preparation.decoding import Clip, ClipFormat
 from afd.teachers.base import SourceVideo
-
-
-def pick_device(config: RunConfig) -> torch.device:
-    """`prepare.device`, by default a GPU if there is one."""
-    return torch.device(config.prepare.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def codec_clip(codec: VideoCodec, latents: Tensor, *, fps: float, crf: int) -> bytes:
@@ -35,13 +31,13 @@ def codec_clip(codec: VideoCodec, latents: Tensor, *, fps: float, crf: int) -> b
 class ClipEncoder:
     """The configured codec and text encoder, loaded once."""
 
-    def __init__(self, config: RunConfig, *, device: torch.device | str | None = None) -> None:
-        """Load both networks onto the device (default: `pick_device`).
+    def __init__(self, config: RunConfig, *, device: torch.device | None = None) -> None:
+        """Load both networks onto the device (default: `prepare.device`, else a GPU if there is one).
 
         Raises:
-            ValueError: a network's folder is missing or incomplete.
+            ValueError: there is no such device, or a network's folder is missing or incomplete.
         """
-        self.device = torch.device(device) if device is not None else pick_device(config)
+        self.device = device or checked_device(config.prepare.device, "prepare.device")
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -86,12 +87,12 @@ def num_chunks_of(
     """Chunks of at least `seconds` of video; None stays without end.
 
     Raises:
-        ValueError: seconds are not positive.
+        ValueError: seconds are not positive and finite.
     """
     if seconds is None:
         return None
-    if seconds <= 0:
-        raise ValueError(f"--seconds must be > 0, got {seconds}")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds must be a finite number > 0, got {seconds}")
     chunks, latent_frames = 1, shape.first_chunk_frames or shape.chunk_frames
     while pixel_frames(latent_frames) < seconds * fps - 1e-6:
         chunks, latent_frames = chunks + 1, latent_frames + shape.chunk_frames

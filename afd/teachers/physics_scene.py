@@ -122,7 +122,7 @@ def _all_prompts() -> tuple[list[str], list[str]]:
     return ones, twos
 
 
-def _prompt_set(n: int, *, heldout: bool) -> list[str]:
+def _prompt_set(n: int, *, heldout: bool, field: str) -> list[str]:
     """The first n prompts of one side of the fixed split, every fifth with two balls."""
     rng = np.random.Generator(np.random.PCG64(_SPLIT_SEED))
     sides = []
@@ -132,7 +132,7 @@ def _prompt_set(n: int, *, heldout: bool) -> list[str]:
         sides.append([prompts[i] for i in (order[:cut] if heldout else order[cut:])])
     ones, twos = sides
     if not 0 <= n <= len(ones) + len(twos):
-        raise ValueError(f"n must be in [0, {len(ones) + len(twos)}], got {n}")
+        raise ValueError(f"{field} must be in [0, {len(ones) + len(twos)}], as many as there are, got {n}")
     chosen: list[str] = []
     queue_one, queue_two = iter(ones), iter(twos)
     while len(chosen) < n:
@@ -141,13 +141,16 @@ def _prompt_set(n: int, *, heldout: bool) -> list[str]:
     return chosen
 
 
-def training_prompts(n: int) -> list[str]:
+def training_prompts(n: int, *, field: str = "teacher.num_prompts") -> list[str]:
     """The first n training prompts, 80 % with one ball (until those run out): always the same, all distinct.
 
+    Args:
+        n: how many.
+        field: where n comes from, for the message.
     Raises:
         ValueError: n is negative or larger than the set.
     """
-    return _prompt_set(n, heldout=False)
+    return _prompt_set(n, heldout=False, field=field)
 
 
 def heldout_prompts(n: int) -> list[str]:
@@ -156,7 +159,7 @@ def heldout_prompts(n: int) -> list[str]:
     Raises:
         ValueError: n is negative or larger than the set.
     """
-    return _prompt_set(n, heldout=True)
+    return _prompt_set(n, heldout=True, field="teacher.num_heldout_prompts")
 
 
 def draw_initial_state(balls: tuple[Ball, ...], seed: int, prompt: str, *, spread: float = 1.0) -> InitialState:

@@ -14,6 +14,7 @@ import torch
 
 from afd.config import RunConfig, StudentShape
 from afd.config_file import ConfigError, dump_config
+from afd.device import checked_device
 from afd.models.encoders import latent_shape, read_text_config, student_path, text_encoder_folder
 from afd.models.image_encoder import takes_images
 from afd.models.vlm_builder import plan_vlm
@@ -27,6 +28,7 @@ from afd.planning.report import step_line
 from afd.planning.workload import build_workload, engine_settings
 from afd.preparation import shard_places
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
+from afd.teachers.physics import heldout_prompts, training_prompts
 from afd.train.ds_config import DSConfig, load_critic_config
 from afd.train.learning_rate import check_lr_owner
 
@@ -91,7 +93,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
         num_gpus=world_size,
         gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
     )
-    _check_prompts(config, student_batch[0])
+    _check_teacher(config, student_batch[0])
     _check_zero(ds_student, *ds_configs[2:])
     check_lr_owner(config, ds_student, ds_discriminator)
     _check_objective(config, shape)
@@ -170,12 +172,20 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
             raise ConfigError(f"{owner} must be {text_dim}, the width of the text encoder {folder.name}, got {got}")
 
 
-def _check_prompts(config: RunConfig, rollouts: int) -> None:
-    prompts = rollouts // config.rollout.group_size
-    if config.teacher.kind == "physics" and config.teacher.num_prompts < prompts:
-        raise ConfigError(
-            f"teacher.num_prompts must be at least {prompts}, one step's, got {config.teacher.num_prompts}"
-        )
+def _check_teacher(config: RunConfig, rollouts: int) -> None:
+    """The built-in world has as many prompts as are asked for, a step's at least, and its clips can be encoded here."""
+    prompts, teacher = rollouts // config.rollout.group_size, config.teacher
+    if teacher.kind == "physics" and teacher.num_prompts < prompts:
+        raise ConfigError(f"teacher.num_prompts must be at least {prompts}, one step's, got {teacher.num_prompts}")
+    try:
+        if teacher.kind == "physics":
+            training_prompts(teacher.num_prompts)
+            heldout_prompts(teacher.num_heldout_prompts)
+            checked_device(config.prepare.device, "prepare.device")
+        if teacher.live.enabled:
+            checked_device(teacher.live.device, "teacher.live.device")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def local_memory(world_size: int) -> tuple[int, str]:

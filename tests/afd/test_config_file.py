@@ -172,6 +172,11 @@ def test_wrong_values_name_the_field_and_what_came(tmp_path: Path, override: str
     assert refusal(write(tmp_path, "seed: 0\n"), override).startswith(message)
 
 
+def test_a_section_as_a_whole_says_what_came_itself(tmp_path: Path) -> None:
+    line = refusal(write(tmp_path, ""), "teacher.kind=shards", "teacher.live.enabled=true")
+    assert line == "teacher: live.enabled needs a teacher to ask: kind must not be shards"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent.yaml") == f"--config {tmp_path / 'absent.yaml'} does not exist"
     assert refusal(tmp_path) == f"--config {tmp_path} does not exist"

@@ -163,6 +163,17 @@ def start(out: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def test_no_jobs_at_a_time_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parts: Any
+) -> None:
+    study = importlib.import_module("study")
+    for jobs in ("-1", "0"):
+        monkeypatch.setattr(sys, "argv", ["study.py", "--dry_run", f"--jobs={jobs}"])
+        with pytest.raises(SystemExit, match="2"):
+            study.main()
+        assert f"argument --jobs: must be an integer >= 1, got '{jobs}'" in capsys.readouterr().err
+
+
 def test_a_pattern_picks_rows_and_one_that_fits_none_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parts: Any
 ) -> None:

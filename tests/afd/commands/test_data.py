@@ -50,6 +50,25 @@ def test_verify_says_good_or_fails_by_name(shards: Path, capsys: pytest.CaptureF
     assert "do not train on" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prepare.device=gpu", "prepare.device must be cpu, cuda or cuda:N, got 'gpu'"),
+        (
+            "teacher.num_prompts=100000000",
+            "teacher.num_prompts must be in [0, 1656], as many as there are, got 100000000",
+        ),
+    ],
+)
+def test_a_preparation_that_cannot_start_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path / 'out'}\n")
+    assert main(["prepare", "--config", str(tmp_path / "run.yaml"), "--overwrite", override]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_stats_count_and_draw(shards: Path, tmp_path: Path) -> None:
     assert main(["stats", str(shards), "--out", str(tmp_path / "stats")]) == 0
     stats = json.loads((tmp_path / "stats" / "stats.json").read_text())

@@ -148,6 +148,21 @@ def test_report_names_what_it_misses(tmp_path: Path):
         build_report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.json", '{"title": "a', r"run\.json must hold a whole JSON object: Unterminated string"),
+        ("run.json", "[]", r"run\.json must hold a JSON object, got list"),
+        ("evaluation.json", "3", r"evaluation\.json must hold a JSON object, got int"),
+    ],
+)
+def test_report_names_a_file_that_is_no_object(tmp_path: Path, name: str, text: str, message: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        build_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_comparison_knows_better_worse_and_noise():
     verdicts = {row.name: row.verdict for row in compare(SUMMARY)}
     assert verdicts == {"gravity_error": "better", "dynamic_degree": "same", "trajectory_residual": "worse"}

@@ -107,10 +107,15 @@ def test_wrong_use_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         ([*out, "--seconds", "3"], "--seconds needs --stream"),
         ([*out, "--serve", "0"], "--serve needs --stream"),
         (["--stream"], "--out must name the mp4 to write, got none"),
-        ([*out, "--stream", "--seconds", "0"], "--seconds must be > 0, got 0.0"),
-        ([*out, "--stream", "--then", "soon", "x"], "--then must give SECONDS PROMPT, got 'soon' for the seconds"),
+        ([*out, "--stream", "--then", "soon", "x"], "the seconds must be a finite number >= 0, got 'soon'"),
+        ([*out, "--stream", "--then", "nan", "x"], "the seconds must be a finite number >= 0, got 'nan'"),
+        ([*out, "--device", "foo"], "--device must be cpu, cuda or cuda:N, got 'foo'"),
+        ([*out, "--device", "cuda:99"], "CUDA devices that torch sees, got 'cuda:99'"),
         (["--stream", "--out", "a.avi"], "--out must name an .mp4 in an existing folder, got a.avi"),
-        ([*out, "--stream", "--window", "2"], "window_frames must hold a chunk of 3 frames, got 2"),
+        (
+            [*out, "--stream", "--window", "2"],
+            "error: --window 2: window_frames must hold a chunk of 3 frames, got 2\n",
+        ),
         ([*out, "--checkpoint", "no.pt", "--config", "configs/quickstart.yaml"], "no.pt does not exist"),
         ([*out, "--checkpoint", str(tmp_path)], "must be a commit, a checkpoints folder or a run's folder"),
     ]
@@ -118,6 +123,32 @@ def test_wrong_use_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["sample", "--prompt", RED, *arguments]) == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--seconds", ("inf", "nan", "0")),
+        ("--serve", ("99999", "-1")),
+        ("--window", ("0",)),
+        ("--sink", ("-1",)),
+        ("--ahead", ("nan",)),
+        ("--scale", ("0",)),
+    ],
+)
+def test_numbers_out_of_range_name_their_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, values: tuple[str, ...]
+) -> None:
+    for value in values:
+        with pytest.raises(SystemExit, match="2"):
+            main(["sample", "--prompt", RED, "--stream", "--out", str(tmp_path / "a.mp4"), option, value])
+        assert f"error: argument {option}: must be a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0.0, float("inf"), float("nan")])
+def test_a_stream_of_no_length_or_without_end_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="--seconds must be a finite number > 0"):
+        num_chunks_of(seconds, fps=8, shape=StudentShape(), pixel_frames=lambda frames: frames)
 
 
 def test_ctrl_c_waits_for_the_chunk_in_hand() -> None:

@@ -70,7 +70,7 @@ def test_prompts_are_short_and_of_few_words() -> None:
 
 
 def test_prompt_set_rejects_more_than_there_are() -> None:
-    with pytest.raises(ValueError, match=r"n must be in \[0, 552\], got 553"):
+    with pytest.raises(ValueError, match=r"teacher\.num_heldout_prompts must be in \[0, 552\], .* got 553"):
         heldout_prompts(553)
 
 

@@ -287,7 +287,7 @@ def test_a_commit_leaves_raw_and_averaged(tmp_path: Path) -> None:
         (["--components", "."], "must be a diffusers pipeline folder"),
         (["--student", "chunk_frames=0"], "chunk_frames"),
         (["--student", "num_layers=30"], "student.num_layers must be 2"),
-        (["--student", "num_layers"], "must be written field=value"),
+        (["--student", "num_layers"], "override must read section.field=value, got 'student.num_layers'"),
     ],
 )
 def test_wrong_exports_are_refused(

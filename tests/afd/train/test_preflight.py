@@ -102,6 +102,13 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
             {},
             "teacher.num_prompts must be at least 8, one step's, got 7",
         ),
+        (["teacher.num_prompts=9999"], {}, "teacher.num_prompts must be in [0, 1656], as many as there are, got 9999"),
+        (["prepare.device=gpu"], {}, "prepare.device must be cpu, cuda or cuda:N, got 'gpu'"),
+        (
+            ["teacher.live.enabled=true", "teacher.live.device=gpu"],
+            {},
+            "teacher.live.device must be cpu, cuda or cuda:N, got 'gpu'",
+        ),
         (["rollout.group_size=1"], {}, "rollout.group_size must be > 1 with nft.baseline = group"),
         (["rollout.steps=[500, 500]"], {}, "steps must be strictly decreasing integers"),
         (["rollout.first_chunk_steps=[500, 500]"], {}, "steps must be strictly decreasing integers"),
