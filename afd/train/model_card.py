@@ -8,7 +8,7 @@ from typing import Any
 
 from afd.config import RunConfig, StudentShape
 from afd.config_file import dump_config
-from afd.train.commit import read_manifest
+from afd.train.commit import list_commits, read_manifest
 
 _LOAD = """```python
 from diffusers import DiffusionPipeline, WanTransformer3DModel
@@ -54,7 +54,7 @@ def write_card(
     ]
     if config is not None and commit is not None:
         parts += ["## Data", _bullets(_data_facts(config))]
-        parts += ["## Metrics", _metrics(commit.parent.parent / "evaluation.json")]
+        parts += ["## Metrics", _metrics(commit, weights, config.num_steps)]
         parts += ["## Configuration", f"```yaml\n{dump_config(config).rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -95,11 +95,20 @@ def _data_facts(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _metrics(file: Path) -> str:
-    """A table of the run's last evaluation on held-out prompts."""
+def _metrics(commit: Path, weights: str, num_steps: int) -> str:
+    """A table of the run's last evaluation on held-out prompts, where it measured these very weights.
+
+    It is the averaged student's at the end of the run. Files made before the step was written beside it count for the
+    run's last commit only, where the run was over.
+    """
+    file = commit.parent.parent / "evaluation.json"
     if not file.is_file():
         return "The run has not been evaluated yet."
-    summary = json.loads(file.read_text())
+    summary, step = json.loads(file.read_text()), read_manifest(commit)["step"]
+    is_last = step == num_steps and [newest for newest, _ in list_commits(commit.parent)[:1]] == [step]
+    evaluated = (summary.pop("step", step if is_last else None), summary.pop("weights", "ema"))
+    if evaluated != (step, {"average": "ema"}.get(weights, weights)):
+        return "This commit was not evaluated."
     columns = list(summary)
     rows = [f"| held-out mean | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for metric in summary[columns[-1]]:

@@ -288,7 +288,8 @@ class Trainer:
         output = self.config.output_dir
         if facts is not None:
             (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-        (output / "evaluation.json").write_text(json.dumps(_without_nan(self.evaluation), indent=2) + "\n")
+        measured = {"step": self.step, "weights": "ema", **_without_nan(self.evaluation)}
+        (output / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n")
         report = build_report(output)
         for path in (output / "evaluation.json", report):
             self.tracker.log_artifact(path)

@@ -1,6 +1,7 @@
 """Students leave in diffusers' format and in the original names, and come back bit by bit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from afd.models.weights.exporting import export_diffusers
 from afd.models.weights.loading import open_student
 from afd.rollout import SamplerTimes, rollout, sampler_times
 from afd.train.commit import list_files, persist_files, write_manifest
+from afd.train.model_card import write_card
 from afd.train.restore import load_commit
 
 REFERENCE = Path(__file__).parents[2] / "data" / "self_forcing_tiny.safetensors"
 TIMES = SamplerTimes((1.0, 0.9375, 0.625))
+EVALUATED = {"base": {"sharpness": {"mean": 0.25, "sem": 0, "n": 2}}}
 TOLERANCE = 2e-5  # float32, three steps and three chunks
 
 
@@ -53,7 +56,7 @@ def write_commit(run: Path, student: CausalStudent, average: dict[str, Tensor], 
     body = {"format": 1, "step": 3, "world_size": 1, "models": {}, "averages": ["ema"], "versions": {"torch": "2"}}
     write_manifest(commit, body | {"files": persist_files(commit, list_files(commit))})
     (commit.parent / "latest").write_text(commit.name)
-    (run / "evaluation.json").write_text(json.dumps({"base": {"sharpness": {"mean": 0.25, "sem": 0, "n": 2}}}))
+    (run / "evaluation.json").write_text(json.dumps({"step": 3, "weights": "ema", **EVALUATED}))
     (run / "run.json").write_text(json.dumps({"commit": "abc123"}))
     return commit
 
@@ -108,13 +111,42 @@ def test_a_run_leaves_as_a_diffusers_folder_and_samples_alike(tmp_path: Path, wh
     for text in (
         "pipeline_tag: text-to-video",
         "- code: abc123",
-        "| sharpness | 0.25 |",
+        "| sharpness | 0.25 |" if which == "average" else "## Metrics\n\nThis commit was not evaluated.",
         "- training steps: 3",
         "shift: 5.0",
     ):
         assert text in card
     assert f"- which: {which}" in card
     assert not [file for file in out.rglob("*") if file.suffix in (".pt", ".bin", ".pkl")]
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "weights", "num_steps", "is_shown"),
+    [
+        ({"step": 3, "weights": "ema"}, "average", 240, True),
+        ({"step": 3, "weights": "ema"}, "raw", 240, False),
+        ({"step": 4, "weights": "ema"}, "average", 3, False),
+        ({}, "average", 3, True),  # made before the step was written beside it
+        ({}, "raw", 3, False),
+        ({}, "average", 4, False),
+    ],
+)
+def test_the_card_shows_metrics_of_these_very_weights_only(
+    tmp_path: Path, evaluated: dict[str, Any], weights: str, num_steps: int, is_shown: bool
+) -> None:
+    student = tiny()
+    config = config_for().model_copy(update={"num_steps": num_steps})
+    commit = write_commit(tmp_path / "run", student, student.state_dict(), config)
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({**evaluated, **EVALUATED}))
+
+    def card() -> str:
+        return write_card(commit, student.shape, weights=weights, lora=None, config=config, commit=commit)
+
+    table = "| held-out mean | base |\n|---|---|\n| sharpness | 0.25 |"
+    expected = table if is_shown else "This commit was not evaluated."
+    assert f"## Metrics\n\n{expected}\n\n## Configuration" in card()
+    shutil.copytree(commit, commit.with_name("step_00000004"))
+    assert ("| sharpness" in card()) == (is_shown and bool(evaluated)), "an older commit, of which nothing is known"
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def test_metrics_hold_one_object_per_step(request: pytest.FixtureRequest, name: 
 
 def test_evaluation_compares_base_student_and_teacher(whole: Path) -> None:
     evaluation = json.loads((whole / "evaluation.json").read_text())
+    assert (evaluation.pop("step"), evaluation.pop("weights")) == (NUM_STEPS, "ema")
     assert evaluation.keys() == {"base", "student", "teacher"}
     for role in evaluation.values():
         for metric in EVALUATED:
