@@ -25,12 +25,20 @@ class VideoBatch:
         prompts: B strings.
         latents: [B, C, F, H, W] float32, normalised by the codec.
         prompt_embeds: [B, L, D] float32, zero-padded to L.
+        repeats: B counts of the same sample earlier in the global batch, which an epoch may end in; empty for all 0.
     """
 
     sample_ids: Tensor
     prompts: tuple[str, ...]
     latents: Tensor
     prompt_embeds: Tensor
+    repeats: tuple[int, ...] = ()
+
+    def seed_keys(self, group_size: int) -> list[tuple[int, ...]]:
+        """What seeds each of the N rollouts: (sample id, g), and the repeat where it is not the sample's first."""
+        ids = self.sample_ids.tolist()
+        rows = list(zip(ids, self.repeats or [0] * len(ids), strict=True))
+        return [(i, g, *([repeat] if repeat else [])) for i, repeat in rows for g in range(group_size)]
 
     def to(self, device: torch.device) -> VideoBatch:
         """The same batch with what a model reads on a device; ids stay where they are."""

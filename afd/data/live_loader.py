@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from afd.data.integrity import DatasetRecord, open_dataset, verify_file
-from afd.data.loader import ShardLoader, checked, to_batch
+from afd.data.loader import ShardLoader, checked, count_repeats, to_batch
 from afd.data.schema import Sample, load_streaming
 from afd.data.writer import DATASET_FILE
 from afd.distributed import gather_objects
@@ -142,12 +142,13 @@ class LiveLoader(Iterator[VideoBatch]):
             slots.append((live, place))
             place += live is None
         position.num_batches += 1
-        mine = slots[self._rank * self._batch_size :][: self._batch_size]
+        begin = self._rank * self._batch_size
+        upto = slots[: begin + self._batch_size]  # before this rank's: only to count repeats
         batch: Future[VideoBatch] = Future()
         if self._reader is None:
-            batch.set_result(self._read(mine))
+            batch.set_result(self._read(upto, begin))
         else:
-            batch = self._reader.submit(self._read, mine)
+            batch = self._reader.submit(self._read, upto, begin)
         self._pending.append((batch, position, place))
         return position
 
@@ -238,12 +239,16 @@ class LiveLoader(Iterator[VideoBatch]):
     def _draw_order(self, cycle: int, size: int) -> np.ndarray:
         return np.random.default_rng([self._seed, cycle]).permutation(size)
 
-    def _read(self, slots: Sequence[tuple[int | None, int]]) -> VideoBatch:
-        """Read slots given as (live sample or None, the base's place); live ids follow the base's."""
+    def _read(self, upto: Sequence[tuple[int | None, int]], begin: int) -> VideoBatch:
+        """Read slots from `begin` on: (live sample or None, the base's place); live ids follow the base's."""
+        slots = upto[begin:]
         base = iter(self.base.samples_at(place for live, place in slots if live is None))
         first = self.base.num_samples
         read = [next(base) if live is None else (first + live, self._opener.sample(live)) for live, _ in slots]
-        return to_batch([sample for _, sample in read], [sample_id for sample_id, _ in read])
+        base_ids = iter(self.base.ids_at(place for live, place in upto if live is None))
+        ids = [next(base_ids) if live is None else first + live for live, _ in upto]
+        batch = to_batch([sample for _, sample in read], ids[begin:])
+        return replace(batch, repeats=count_repeats(ids, begin))
 
     def _stop_reading(self) -> None:
         if self._reader is not None:

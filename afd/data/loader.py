@@ -13,10 +13,11 @@ import json
 import os
 import socket
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +192,20 @@ class ShardLoader(Iterator[VideoBatch]):
 
     def _read(self, position: int) -> VideoBatch:
         """Read this rank's part of the global batch that starts at `position` samples from the beginning."""
-        begin = position + self._rank * self._batch_size
-        samples = self.samples_at(range(begin, begin + self._batch_size))
-        return to_batch([sample for _, sample in samples], [sample_id for sample_id, _ in samples])
+        begin = self._rank * self._batch_size
+        ids = self.ids_at(range(position, position + begin + self._batch_size))
+        samples = self.samples_at(range(position + begin, position + begin + self._batch_size))
+        batch = to_batch([sample for _, sample in samples], [sample_id for sample_id, _ in samples])
+        return replace(batch, repeats=count_repeats(ids, begin))
+
+    def ids_at(self, places: Iterable[int]) -> list[int]:
+        """Sample ids at places counted from the first epoch's start."""
+        epochs = (divmod(place, self.num_samples) for place in places)
+        return [int(self._epoch_order(epoch)[offset]) for epoch, offset in epochs]
 
     def samples_at(self, places: Iterable[int]) -> list[tuple[int, Sample]]:
         """(id, sample) at places counted from the first epoch's start; the loader's own position stays."""
-        epochs = (divmod(place, self.num_samples) for place in places)
-        sample_ids = [int(self._epoch_order(epoch)[offset]) for epoch, offset in epochs]
+        sample_ids = self.ids_at(places)
         rows = [tuple(map(int, self._dataset.spanner[sample_id])) for sample_id in sample_ids]
         self._store.ensure_all(sorted({shard for shard, _ in rows}))
         return [
@@ -257,6 +264,16 @@ def read_all(
     if remote is None:
         open_dataset(Path(shards), cache)
     return list(itertools.islice(iterate(shards, cache, remote=remote), limit))
+
+
+def count_repeats(sample_ids: Sequence[int], begin: int) -> tuple[int, ...]:
+    """How often each id from place `begin` on stands before itself; the places before are other ranks'."""
+    seen: Counter[int] = Counter()
+    repeats: list[int] = []
+    for sample_id in sample_ids:
+        repeats.append(seen[sample_id])
+        seen[sample_id] += 1
+    return tuple(repeats[begin:])
 
 
 def to_batch(samples: Sequence[Sample], sample_ids: Sequence[int] | None = None) -> VideoBatch:

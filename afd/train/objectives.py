@@ -65,7 +65,7 @@ class StepTimer:
 
 def sample_generators(batch: VideoBatch, group_size: int, *keys: int) -> list[torch.Generator]:
     """One generator per rollout, from (keys, sample id, g): the same on any number of ranks."""
-    return [seeded_generator(*keys, int(i), g) for i in batch.sample_ids.tolist() for g in range(group_size)]
+    return [seeded_generator(*keys, *key) for key in batch.seed_keys(group_size)]
 
 
 def roll_out(
@@ -87,8 +87,7 @@ def roll_out(
     """
     group_size = config.rollout.group_size
     times = times or sampler_times(config.rollout)
-    ids = batch.sample_ids.tolist()
-    keys = [(config.seed, ROLLOUT, step, i, g) for i in ids for g in range(group_size)]
+    keys = [(config.seed, ROLLOUT, step, *key) for key in batch.seed_keys(group_size)]
     noise = rollout_noise(keys, times.num_noises, batch.latents.shape[1:]).to(batch.latents)
     embeds = batch.prompt_embeds.repeat_interleave(group_size, dim=0)
     batch_size = config.rollout.batch_size or roles.student.train_micro_batch_size_per_gpu()
@@ -100,8 +99,8 @@ def roll_out(
             stack.enter_context(merged_adapters(student, is_disposable=is_gathered_copy))
         parts = zip(embeds.split(batch_size), noise.split(batch_size), strict=True)
         latents = torch.cat([rollout(student, prompt, eps, times) for prompt, eps in parts])
-    first = world.rank * len(ids)
-    group_ids = torch.arange(first, first + len(ids)).repeat_interleave(group_size)
+    count = len(batch.sample_ids)
+    group_ids = torch.arange(world.rank * count, (world.rank + 1) * count).repeat_interleave(group_size)
     is_coupled = config.nft.noise_coupling > 0
     own = last_step_noise(noise, times, roles.student.module.shape) if is_coupled else None
     return Rollout(latents, embeds, group_ids, batch.sample_ids.repeat_interleave(group_size), own), noise

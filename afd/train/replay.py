@@ -44,8 +44,8 @@ class RolloutReplay:
         teacher_rows = teacher.latents.repeat_interleave(group_size, dim=0)
         mixed = [teacher_rows, rollout.latents.clone(), rollout.prompt_embeds.clone()]
         if self._steps:
-            for row, sample_id in enumerate(rollout.sample_ids.tolist()):
-                generator = seeded_generator(*seed, sample_id, row % group_size)
+            for row, key in enumerate(teacher.seed_keys(group_size)):
+                generator = seeded_generator(*seed, *key)
                 chance, which = torch.rand(2, generator=generator).tolist()
                 if chance < self.share:
                     earlier = self._steps[int(which * len(self._steps))]

@@ -106,6 +106,16 @@ def test_arrivals_come_first_then_repeat_in_proportion_and_the_base_order_stays(
     assert metrics["live/share"] == pytest.approx(4 / 27)
 
 
+def test_repeats_within_a_batch_are_counted(world):
+    world.add(0, size=2)
+    loader = world.opened(world.loader(share=0.9), 1)
+    batches = [next(loader) for _ in range(4)]
+    for batch in batches:
+        ids = batch.sample_ids.tolist()
+        assert batch.repeats == tuple(ids[:place].count(i) for place, i in enumerate(ids))
+    assert max(batches[-1].repeats) > 0
+
+
 def test_a_resumed_run_repeats_what_had_arrived_and_when(world):
     loader = world.loader(share=0.5)
     batches, states = [], []

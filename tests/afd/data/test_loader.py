@@ -50,6 +50,26 @@ def test_every_epoch_holds_every_sample_once_in_a_new_order(shards: Path) -> Non
     assert list(itertools.chain(*take_ids(alone(shards, shuffle=False), 6))) == [*range(23), 0]
 
 
+def test_a_sample_that_falls_twice_into_a_global_batch_is_told_apart_on_any_number_of_ranks(shards: Path) -> None:
+    opened = alone(shards)
+    one, *two = (
+        ShardLoader(opened._dataset, opened._store, batch_size_per_rank=20 // size, world_size=size, rank=rank)
+        for size, rank in ((1, 0), (2, 0), (2, 1))
+    )
+    for loader in (one, *two):
+        assert not any(next(loader).repeats), "the first 20 of 23 samples"
+    whole, parts = next(one), [next(loader) for loader in two]
+    ids = whole.sample_ids.tolist()
+    assert len(set(ids)) < 20
+    assert whole.repeats == tuple(ids[:place].count(i) for place, i in enumerate(ids))
+    assert whole.repeats == parts[0].repeats + parts[1].repeats
+    keys = whole.seed_keys(2)
+    assert keys == parts[0].seed_keys(2) + parts[1].seed_keys(2)
+    assert len(set(keys)) == 40
+    first = [(i, g) for i, repeat in zip(ids, whole.repeats, strict=True) if not repeat for g in range(2)]
+    assert [key for key in keys if len(key) == 2] == first, "random streams of all others stay as they were"
+
+
 def test_order_is_the_one_streaming_draws(shards: Path) -> None:
     dataset = load_streaming().StreamingDataset(
         local=str(shards), batch_size=4, shuffle=True, shuffle_seed=3, num_canonical_nodes=1, shuffle_block_size=1 << 18

@@ -1,9 +1,19 @@
 """Whole AFD steps on real engines: any number of ranks, every objective knob, and the gradient written out by hand."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from afd.config import RunConfig
+from afd.distributed import World
+from afd.rollout import sampler_times
+from afd.train import objectives
+from afd.types import VideoBatch
 
 WORKER = Path(__file__).with_name("objectives_worker.py")
 CASES = (
@@ -150,3 +160,24 @@ def test_off_policy_rollouts_and_a_frozen_discriminator_stay_where_they_were(one
     assert one["stale"]["student"] > 1e-3
     assert one["stale"]["rollout"] == 0.0
     assert one["stale"]["discriminator"] == 0.0
+
+
+def test_a_prompt_twice_in_a_step_is_two_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "gathered", nullcontext)
+    monkeypatch.setattr(objectives, "rollout", lambda student, embeds, noise, times: noise[:, 0])
+    roles: Any = SimpleNamespace(student=SimpleNamespace(train_micro_batch_size_per_gpu=lambda: 4))
+    world, config = World(rank=0, local_rank=0, size=1, device=torch.device("cpu")), RunConfig()
+    ids, embeds = torch.tensor([5, 7, 5]), torch.zeros(3, 16, 32)
+    once = VideoBatch(ids, ("",) * 3, torch.zeros(3, 12, 3, 4, 4), embeds)
+
+    def made(batch: VideoBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        x_s, _ = objectives.roll_out(
+            roles, batch, config, 0, world=world, times=sampler_times(config.rollout), policy="current"
+        )
+        draws = [torch.randn(8, generator=each) for each in objectives.sample_generators(batch, 4, 0, 1)]
+        return list(zip(x_s.latents, draws, strict=True))
+
+    before, rows = made(once), made(replace(once, repeats=(0, 0, 1)))
+    for row in range(12):
+        assert all(a.equal(b) for a, b in zip(before[row], rows[row], strict=True)) == (row < 8)
+        assert not any(a.equal(b) for other in range(row) for a, b in zip(rows[other], rows[row], strict=True))
