@@ -25,6 +25,7 @@ from afd.distributed import barrier, broadcast_object, gather_objects, world_ran
 from afd.models.lora import is_old_adapter
 from afd.train.averaging import ParameterAverage
 from afd.train.commit import (
+    commit_bytes,
     commit_name,
     commit_problems,
     file_sha256,
@@ -156,14 +157,20 @@ def _finish(temporary: Path, final: Path, body: dict[str, Any], *, keep: int, re
 
 
 def _estimated_bytes(engines: Mapping[str, Engine], averages: Mapping[str, ParameterAverage]) -> int:
-    """Size of a commit from the parameter counts: master + two Adam moments + weights, float32 copies, a reserve."""
+    """Size of a commit from the parameter counts, and a reserve."""
     total = RESERVE_BYTES
-    for name, engine in engines.items():
-        for parameter in bare_module(engine).parameters():
+    for role, engine in engines.items():
+        parameters: dict[str, Any] = dict(bare_module(engine).named_parameters())
+        for name, parameter in parameters.items():
+            if is_old_adapter(name):
+                continue  # in no file of its own: the old policy is an average
             count: int = getattr(parameter, "ds_numel", parameter.numel())
-            trained = 12 + parameter.element_size() if parameter.requires_grad else 0
-            whole = 4 * (1 + len(averages)) if name == STUDENT else 0
-            total += count * (trained + whole)
+            total += commit_bytes(
+                count if parameter.requires_grad else 0,
+                0 if parameter.requires_grad else count,
+                width=parameter.element_size(),
+                averages=len(averages) if role == STUDENT else None,
+            )
     return total
 
 

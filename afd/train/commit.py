@@ -45,6 +45,20 @@ def list_commits(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match.group(1)), entry) for match, entry in found if match), reverse=True)
 
 
+def commit_bytes(trained: int, frozen: int = 0, *, width: int, averages: int | None = None) -> int:
+    """Bytes of one engine's part of a commit: master, two Adam moments and weights of what is trained.
+
+    Args:
+        trained: parameters.
+        frozen: parameters whose weights stay as they are.
+        width: bytes of a weight.
+        averages: of the student, whose whole weights are written beside them, trained ones and averages in float32,
+            frozen ones as they are held; None for the other engines, whose frozen weights are in no commit.
+    """
+    states = trained * (12 + width)
+    return states if averages is None else states + trained * 4 * (1 + averages) + frozen * width
+
+
 def list_files(folder: Path) -> list[str]:
     """Every file under a folder but the manifest, as sorted relative POSIX paths."""
     files = (entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file())

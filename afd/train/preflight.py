@@ -25,10 +25,11 @@ from afd.planning.passes import StepPasses
 from afd.planning.plan import critic_shape
 from afd.planning.refusals import check_divides, check_fits
 from afd.planning.report import step_line
-from afd.planning.workload import build_workload, engine_settings
+from afd.planning.workload import Workload, build_workload, engine_settings
 from afd.preparation import shard_places
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
 from afd.teachers.physics import heldout_prompts, training_prompts
+from afd.train.commit import commit_bytes
 from afd.train.ds_config import DSConfig, load_critic_config
 from afd.train.learning_rate import check_lr_owner
 
@@ -104,7 +105,6 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
     for folder, remote in shard_places(config) if config.teacher.kind != "physics" else ():
         if remote is None and not (folder / "index.json").is_file():
             raise ConfigError(f"shard folder {folder} must hold index.json, which is missing (write one: afd prepare)")
-    _check_disk(config, student.num_parameters)
     workload = build_workload(
         config,
         shape,
@@ -117,6 +117,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
         kernels="fused" if torch.cuda.is_available() else "eager",
         critic=(critic_shape(config, shape), engine_settings(ds_configs[2], critic_batch)) if critic_batch else None,
     )
+    _check_disk(config, workload)
     memory = plan_memory(workload)
     check_fits(memory, *local_memory(world_size))
     return RunPlan(
@@ -242,13 +243,26 @@ def _check_zero(ds_student: DSConfig, ds_critic: DSConfig | None = None) -> None
             )
 
 
-def _check_disk(config: RunConfig, num_parameters: int) -> None:
+def _commit_bytes(work: Workload) -> int:
+    """Of one commit of a run."""
+    count, critic = work.parameters, work.critic
+    total = commit_bytes(
+        count.trained, count.total - count.trained, width=work.student.width, averages=work.learner.averages
+    )
+    if work.discriminator is not None:
+        total += commit_bytes(work.discriminator_parameters.trained, width=work.discriminator.width)
+    if critic is not None:
+        total += commit_bytes(critic.parameters.trained, width=critic.engine.width)
+    return total
+
+
+def _check_disk(config: RunConfig, work: Workload) -> None:
     folder = config.output_dir.resolve()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
         raise ConfigError(f"output_dir {config.output_dir} must be a folder, but {folder} is a file")
-    needed = _DISK_RESERVE_BYTES + (config.checkpoint.keep + 1) * 40 * num_parameters
+    needed = _DISK_RESERVE_BYTES + (config.checkpoint.keep + 1) * _commit_bytes(work)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from afd.train import checkpoint
 from afd.train.checkpoint import export_student_weights, find_commit, read_student_weights
 from afd.train.commit import commit_name, persist_files, publish, write_manifest
 
@@ -103,6 +104,16 @@ def test_state_that_needs_pickle_is_refused_when_saving(refused: dict[str, str])
 def test_too_little_disk_is_one_clear_error_on_every_rank(trained: dict[str, Any]) -> None:
     assert trained["full"].startswith("checkpoint needs about ")
     assert trained["full"].endswith(" GiB are free")
+
+
+def test_a_frozen_weight_costs_its_own_size_once() -> None:
+    student, discriminator = (torch.nn.Sequential(torch.nn.Linear(9, 100), torch.nn.Linear(3, 5)) for _ in range(2))
+    for module in (student, discriminator):
+        module[0].bfloat16().requires_grad_(False)
+    engines: Any = {"student": student, "discriminator": discriminator}
+    averages: Any = {"old": None, "ema": None, "reference": None}
+    expected = 1000 * 2 + 20 * (12 + 4 + 4 * (1 + 3)) + 20 * (12 + 4)
+    assert checkpoint._estimated_bytes(engines, averages) == checkpoint.RESERVE_BYTES + expected
 
 
 def test_student_weights_need_no_deepspeed(trained: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ from afd.config_file import ConfigError, load_config
 from afd.models.student import CausalStudent
 from afd.models.vlm_builder import plan_vlm
 from afd.models.weights import save_student
+from afd.planning.workload import build_workload, engine_settings
 from afd.train import preflight
-from afd.train.ds_config import DSConfig
+from afd.train.ds_config import DSConfig, load_ds_config
 from afd.train.preflight import RunPlan, describe_plan, plan_run
 
 DS_STUDENT: DSConfig = {
@@ -225,6 +226,23 @@ def test_an_output_folder_that_is_a_file_is_refused(plan: Plan, tmp_path: Path, 
     (tmp_path / "taken").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir .* must be a folder, but .*taken is a file"):
         plan(f"output_dir={tmp_path / 'taken'}{below}")
+
+
+def test_commits_of_adapters_hold_the_frozen_base_once() -> None:
+    root = Path(__file__).parents[3]
+    config = load_config(root / "configs" / "wan_14b.yaml")
+    shape = StudentShape(**config.student.given_shape)
+
+    def gib(rank: int) -> float:
+        lora = config.student.lora.model_copy(update={"rank": rank})
+        changed = config.model_copy(update={"student": config.student.model_copy(update={"lora": lora})})
+        ds = [load_ds_config(root / "configs" / name) for name in ("zero3_h100.json", "zero2_discriminator_h100.json")]
+        engines = (engine_settings(ds[0], (64, 1, 8)), engine_settings(ds[1], (64, 1, 8)))
+        work = build_workload(changed, shape, latents=(16, 21, 60, 104), num_gpus=8, engines=engines, kernels="fused")
+        return preflight._commit_bytes(work) / 2**30
+
+    assert 26 < gib(0) / 15 < 30, "14 billion parameters at 30 bytes, of which 16 in averages and whole weights"
+    assert 28 < gib(config.student.lora.rank) < 70, "the base's bfloat16 and the adapters at 30 bytes"
 
 
 def test_a_full_disk_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
