@@ -39,14 +39,16 @@ def check_lr_owner(config: RunConfig, ds_student: DSConfig, ds_discriminator: DS
     """One owner of each learning rate.
 
     Raises:
-        ConfigError: a schedule in the YAML and a scheduler in the JSON.
+        ConfigError: a schedule or a scale in the YAML and a scheduler in the JSON.
     """
-    for section, schedule, ds_config in (
-        ("student", config.student.lr_schedule, ds_student),
-        ("discriminator", config.discriminator.lr_schedule, ds_discriminator),
+    student, discriminator = config.student, config.discriminator
+    for name, is_ours, ds_config in (
+        ("student.lr_schedule", student.lr_schedule != LRSchedule(), ds_student),
+        ("discriminator.lr_schedule", discriminator.lr_schedule != LRSchedule(), ds_discriminator),
+        ("discriminator.lr_scale", discriminator.lr_scale != 1.0, ds_discriminator),
     ):
-        if schedule != LRSchedule() and "scheduler" in ds_config:
+        if is_ours and "scheduler" in ds_config:
             raise ConfigError(
-                f"{section}.lr_schedule and 'scheduler' in the {section}'s DeepSpeed JSON both set the learning rate: "
+                f"{name} and 'scheduler' in the {name.partition('.')[0]}'s DeepSpeed JSON both set the learning rate: "
                 "keep one"
             )

@@ -30,3 +30,12 @@ def test_schedule_in_both_files_is_refused() -> None:
     check_lr_owner(config, {"scheduler": {}}, {})
     with pytest.raises(ConfigError, match=r"discriminator\.lr_schedule and 'scheduler' in the discriminator's"):
         check_lr_owner(config, {}, {"scheduler": {}})
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_scheduler_that_would_undo_the_scale_is_refused(scale: float) -> None:
+    """A scheduler writes its own rate at every step: a frozen discriminator would thaw."""
+    config = RunConfig.model_validate({"discriminator": {"lr_scale": scale}})
+    check_lr_owner(config, {"scheduler": {}}, {})
+    with pytest.raises(ConfigError, match=r"discriminator\.lr_scale and 'scheduler' in the discriminator's"):
+        check_lr_owner(config, {}, {"scheduler": {}})
