@@ -186,6 +186,8 @@ def check_ds_config(config: DSConfig) -> None:
         ValueError: the first problem, in one line.
     """
     _refuse_unknown(config, KNOWN_KEYS, prefix="")
+    if "torch_autocast" in config:
+        raise ValueError("'torch_autocast' is not supported: rollouts run the bare module, outside of it, use 'bf16'")
     undecided = _find_auto(config, "")
     if undecided:
         raise ValueError(f"{undecided} is 'auto': write the number, nothing here fills it in")

@@ -119,6 +119,10 @@ def test_shipped_configs_fit_one_and_two_ranks() -> None:
         (adam("Optimizer"), "'optimizer.type' must be one of .* got 'Optimizer'"),
         ({**GOOD, "gradient_clipping": "1"}, "'gradient_clipping' must be a finite number >= 0, got '1'"),
         ({**GOOD, "gradient_clipping": -1}, "'gradient_clipping' must be a finite number >= 0, got -1"),
+        (
+            {**GOOD, "torch_autocast": {"enabled": False}},
+            "'torch_autocast' is not supported: .* outside of it, use 'bf16'$",
+        ),
         ([1], "must hold a JSON object, got list"),
     ],
 )
