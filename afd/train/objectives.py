@@ -114,11 +114,11 @@ def weigh(scores: Tensor, config: RunConfig, *, world: World) -> tuple[Tensor, d
     normal = normalise_advantage(advantage, group_size=group_size, by=nft.normalise_by)
     clip = 1.0 if nft.normalise_by == "minmax" else nft.advantage_clip
     weight = optimality_weight(normal, clip=clip)
-    spread = every.view(-1, group_size).std(dim=1, correction=0)
-    metrics = {
-        "rollout/score_mean": every.mean(),
-        "rollout/score_std": every.std(correction=0),
-        "rollout/zero_std_share": (spread < 1e-6).float().mean(),
+    metrics = {"rollout/score_mean": every.mean(), "rollout/score_std": every.std(correction=0)}
+    if group_size > 1:  # one rollout alone never has a spread
+        spread = every.view(-1, group_size).std(dim=1, correction=0)
+        metrics["rollout/zero_std_share"] = (spread < 1e-6).float().mean()
+    metrics |= {
         "weight/mean": weight.mean(),
         "weight/std": weight.std(correction=0),
         "weight/min": weight.min(),

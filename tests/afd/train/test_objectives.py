@@ -181,3 +181,12 @@ def test_a_prompt_twice_in_a_step_is_two_samples(monkeypatch: pytest.MonkeyPatch
     for row in range(12):
         assert all(a.equal(b) for a, b in zip(before[row], rows[row], strict=True)) == (row < 8)
         assert not any(a.equal(b) for other in range(row) for a, b in zip(rows[other], rows[row], strict=True))
+
+
+def test_share_of_groups_without_spread_needs_groups() -> None:
+    world = World(0, 0, 1, torch.device("cpu"))
+    scores = torch.tensor([1.0, 1.0, 2.0, 3.0])
+    for group_size, baseline, expected in ((2, "group", 0.5), (1, "batch", None)):
+        config = RunConfig.model_validate({"rollout": {"group_size": group_size}, "nft": {"baseline": baseline}})
+        metrics = objectives.weigh(scores, config, world=world)[1]
+        assert metrics.get("rollout/zero_std_share") == expected, "one rollout alone never has a spread"
