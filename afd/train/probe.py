@@ -5,7 +5,10 @@ The set pairs held-out prompts' teacher clips with the initial student's rollout
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from afd.evaluation.heldout import HeldoutEvaluator
 from afd.train.discriminator_update import score
 from afd.train.engines import Engine, gathered
 from afd.train.objectives import Roles
+from afd.types import VideoBatch
+
+logger = logging.getLogger(__name__)
 
 
 def shared_rows(count: int, world: World) -> list[int]:
@@ -31,18 +37,27 @@ class ProbeSet:
         count: pairs on all ranks.
         real, fake: [rows, ...] teacher clips and the initial student's.
         condition: [rows, ...].
+        ids: one for each of the `count` pairs, of its prompt and teacher clip, the same on every rank.
     """
 
     count: int
     real: Tensor
     fake: Tensor
     condition: Tensor
+    ids: tuple[str, ...]
 
     def margins(self, engine: Engine, device: torch.device) -> Tensor:
         """Teacher's minus student's score [count] of every pair, on every rank, without gradient; collective."""
         condition = self.condition.to(device)
         real, fake = (score(engine, clips.to(device), condition) for clips in (self.real, self.fake))
         return gather_cat(real - fake)[: self.count]
+
+
+def pair_ids(batch: VideoBatch, count: int) -> tuple[str, ...]:
+    """What a pair is known by after a resume: a digest of its prompt and teacher clip, for the first `count` rows."""
+    clips = (clip.contiguous().cpu().numpy().data for clip in batch.latents[:count])
+    texts = (prompt.encode() + b"\0" for prompt in batch.prompts)
+    return tuple(hashlib.sha256(b"".join(each)).hexdigest()[:16] for each in zip(texts, clips, strict=False))
 
 
 def make_probe_set(roles: Roles, evaluator: HeldoutEvaluator, *, num_pairs: int, world: World) -> ProbeSet:
@@ -62,15 +77,32 @@ def make_probe_set(roles: Roles, evaluator: HeldoutEvaluator, *, num_pairs: int,
     prompts, embeds = [batch.prompts[row] for row in rows], batch.prompt_embeds[rows]
     real, condition = roles.view(batch.latents[rows], prompts, embeds)
     fake, _ = roles.view(fake, prompts, embeds)
-    return ProbeSet(count, real.cpu(), fake.cpu(), condition.cpu())
+    return ProbeSet(count, real.cpu(), fake.cpu(), condition.cpu(), pair_ids(batch, count))
 
 
 class DiscriminatorProbe:
     """Measures a probe set now and then, and remembers the first measurement."""
 
-    def __init__(self, pairs: ProbeSet, first: list[float] | None = None) -> None:
-        """first: the margins of an earlier process's first measurement; None before there is one."""
-        self.pairs, self.first = pairs, first
+    def __init__(self, pairs: ProbeSet, earlier: dict[str, Any] | list[float] | None = None) -> None:
+        """earlier: `state_dict` of an earlier process, or its first margins alone, as older commits have them.
+
+        Margins of other pairs are dropped, which is logged: the next measurement is then the first.
+        """
+        self.pairs = pairs
+        known = {"first": earlier} if isinstance(earlier, list) else earlier or {}
+        self.first: list[float] | None = known.get("first")
+        ids = known.get("ids", pairs.ids)
+        if self.first is not None and (len(self.first) != pairs.count or tuple(ids) != pairs.ids):
+            logger.info(
+                "the probe set is another one than before (%d pairs, now %d): its drift counts from here",
+                len(self.first),
+                pairs.count,
+            )
+            self.first = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first measurement, and of which pairs."""
+        return {"first": self.first, "ids": list(self.pairs.ids)}
 
     def measure(self, engine: Engine, device: torch.device) -> dict[str, float]:
         """The discriminator on the set.

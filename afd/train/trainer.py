@@ -79,7 +79,7 @@ class Trainer:
         )
         self._samples: dict[str, np.ndarray] = {}
         self._probe: DiscriminatorProbe | None = None
-        self._first_probe: list[float] | None = None  # read from a commit
+        self._earlier_probe: Any = None  # read from a commit
 
     @property
     def _averages(self) -> dict[str, ParameterAverage]:
@@ -192,8 +192,8 @@ class Trainer:
         if not num_pairs or discriminator is None or self._must_stop():
             return
         pairs = make_probe_set(self.roles, self.evaluator, num_pairs=num_pairs, world=self.world)
-        self._probe = DiscriminatorProbe(pairs, self._first_probe)
-        if self._first_probe is None:
+        self._probe = DiscriminatorProbe(pairs, self._earlier_probe)
+        if self._probe.first is None:
             self._probe.measure(discriminator, self.world.device)
 
     def _probe_at_intervals(self) -> dict[str, float]:
@@ -246,7 +246,7 @@ class Trainer:
             "evaluation": self.evaluation,
             "replay": self.roles.replay.state_dict(),
             "warmup": self._warmup if self.step == 0 else [],
-            "probe": None if self._probe is None else self._probe.first,
+            "probe": None if self._probe is None else self._probe.state_dict(),
         }
         save_checkpoint(
             self.config.output_dir / "checkpoints",
@@ -274,7 +274,7 @@ class Trainer:
         self.evaluation = restored.state["evaluation"]
         self.roles.replay.load_state_dict(restored.state["replay"])
         self._warmup = restored.state.get("warmup", [])  # absent in commits made before a warm-up could stop
-        self._first_probe = restored.state.get("probe")  # absent in commits made before there was a probe
+        self._earlier_probe = restored.state.get("probe")  # absent in commits made before there was a probe
         self._saved = (len(self._warmup), self.step)
         if self.world.is_main:
             logger.info("resumed from %s at step %d", commit, self.step)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from afd.distributed import World, seeded_generator
-from afd.train.probe import DiscriminatorProbe, ProbeSet, shared_rows
+from afd.train.probe import DiscriminatorProbe, ProbeSet, pair_ids, shared_rows
+from afd.types import VideoBatch
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,8 @@ class LinearEngine:
 
 def make_pairs(count: int = 5) -> ProbeSet:
     real, fake = (torch.randn(count, 3, 4, generator=seeded_generator(i), dtype=torch.float64) for i in (1, 2))
-    return ProbeSet(count, real, fake, torch.randn(count, 2, generator=seeded_generator(3)))
+    ids = tuple(f"pair {i}" for i in range(count))
+    return ProbeSet(count, real, fake, torch.randn(count, 2, generator=seeded_generator(3)), ids)
 
 
 def test_drift_is_the_change_of_known_margins_since_the_first_measurement() -> None:
@@ -46,8 +48,35 @@ def test_drift_is_the_change_of_known_margins_since_the_first_measurement() -> N
     engine.a += change
     later = probe.measure(engine, CPU)
     assert later["discriminator/probe_drift"] == pytest.approx((difference @ change).square().mean().sqrt().item())
-    resumed = DiscriminatorProbe(pairs, probe.first)
-    assert resumed.measure(engine, CPU) == later
+    for earlier in (probe.state_dict(), probe.first):  # older commits hold the margins alone
+        assert DiscriminatorProbe(pairs, earlier).measure(engine, CPU) == later
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_margins_of_another_set_are_no_start_for_drift(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    """One pair's margin would broadcast over eight in silence, and four against eight is no drift either."""
+    engine: Any = LinearEngine()
+    before = DiscriminatorProbe(make_pairs())
+    before.measure(engine, CPU)
+    engine.a += 1
+    pairs = make_pairs(count)
+    other = dataclasses.replace(pairs, ids=tuple(reversed(pairs.ids)) if count == 5 else pairs.ids)
+    with caplog.at_level("INFO"):
+        resumed = DiscriminatorProbe(other, before.state_dict())
+    assert f"another one than before (5 pairs, now {count}): its drift counts from here" in caplog.text
+    assert resumed.first is None
+    assert resumed.measure(engine, CPU)["discriminator/probe_drift"] == 0.0
+    assert resumed.first is not None
+    assert len(resumed.first) == count
+
+
+def test_pairs_are_known_by_prompt_and_clip() -> None:
+    latents = torch.randn(3, 2, 4, 4, 4, generator=seeded_generator(5))
+    batch = VideoBatch(torch.arange(3), ("a", "b", "c"), latents, torch.zeros(3, 2, 2))
+    ids = pair_ids(batch, 2)
+    assert ids == pair_ids(batch, 3)[:2]
+    assert len({*ids, *pair_ids(dataclasses.replace(batch, prompts=("a", "d", "c")), 2)}) == 3
+    assert len({*ids, *pair_ids(dataclasses.replace(batch, latents=latents + 1), 2)}) == 4
 
 
 def test_a_constant_per_prompt_is_no_drift() -> None:
