@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from afd.distributed import world_rank, world_size
 from afd.train.engines import (
     Engine,
     bare_module,
@@ -155,6 +156,14 @@ class ParameterAverage:
     def _release(self) -> None:
         if self._sharded:
             release_gathered(self._owner)
+
+    def own_parts(self) -> list[tuple[str, Tensor]]:
+        """This rank's share by parameter name: its part of each, flat, under ZeRO-3; else every so many-th, whole."""
+        parts = dict(zip(self._parameters, self._average, strict=True))
+        if not self._sharded:
+            return list(parts.items())[world_rank() :: world_size()]
+        slices = {name: shard_slice(parameter) for name, parameter in self._parameters.items()}
+        return [(name, part[: slices[name].stop - slices[name].start]) for name, part in parts.items()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole float32 averages by the module's own parameter names, on the CPU of rank 0; collective.

@@ -40,6 +40,7 @@ from afd.train.commit import (
     write_manifest,
 )
 from afd.train.engines import Engine, bare_module, consolidated_weights, zero_stage
+from afd.train.frozen_weights import frozen_digests, frozen_problem
 from afd.train.rank_state import check_plain, random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def save_checkpoint(
     state: dict[str, Any],
     config: str,
     weights_metadata: Mapping[str, str] | None = None,
+    fixed: Mapping[str, ParameterAverage] | None = None,
     keep: int = 2,
     replaces: bool = False,
 ) -> Path:
@@ -84,12 +86,13 @@ def save_checkpoint(
         state: this rank's own progress, such as {"loader": ..., "trainer": ...}: plain values and tensors only.
         config: the resolved configuration's text.
         weights_metadata: strings for the header of student.safetensors, such as the model's dimensions.
+        fixed: averages that never move; like frozen parameters not written, only their digest is.
         keep: commits left after pruning, this one included; >= 1.
         replaces: an existing commit of this step is an earlier state of this run; delete it instead of keeping it.
     Returns:
         The commit's folder.
     Raises:
-        ValueError: wrong arguments, or a `state` that could not be read back without pickle.
+        ValueError: wrong arguments, or a `state` that needs pickle to be read back.
         OSError: not enough free space, or writing failed; on every rank.
     """
     if step < 0 or keep < 1 or STUDENT not in engines:
@@ -100,9 +103,8 @@ def save_checkpoint(
     temporary = output / f"{final.name}.tmp-{broadcast_object(secrets.token_hex(4))}"
     _on_rank_0(lambda: _prepare(temporary, _estimated_bytes(engines, averages)))
     for name, engine in engines.items():
-        engine.save_checkpoint(
-            str(temporary / name), tag=TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
-        )
+        is_partial = _has_frozen(engine)
+        engine.save_checkpoint(str(temporary / name), tag=TAG, save_latest=False, exclude_frozen_parameters=is_partial)
     _write_weights(temporary, engines[STUDENT], averages, dict(weights_metadata or {}))
     torch.save({"random": random_state(), "state": state}, temporary / "ranks" / f"rank_{world_rank():05d}.pt")
     barrier()
@@ -115,6 +117,7 @@ def save_checkpoint(
         "world_size": world_size(),
         "models": {name: _model_record(engine) for name, engine in engines.items()},
         "averages": sorted(averages),
+        "frozen": frozen_digests(engines, fixed or {}),
         "versions": _versions(),
         "files": {name: record for part in records for name, record in part.items()},
     }
@@ -223,6 +226,7 @@ def load_checkpoint(
     averages: Mapping[str, ParameterAverage],
     is_verified: bool = False,
     unread: Collection[str] = (),
+    fixed: Mapping[str, ParameterAverage] | None = None,
 ) -> Restored:
     """Restore fresh engines, averages and this rank's random states from a commit; collective.
 
@@ -232,15 +236,19 @@ def load_checkpoint(
         averages: by name, as saved.
         is_verified: skip hashing, for a path that `find_commit` just returned.
         unread: roles whose engines the commit may hold though this run has none; they stay on the disk.
+        fixed: as given to `save_checkpoint`.
     Returns:
         The step, this rank's own `state`, and the configuration's text.
     Raises:
-        ValueError: another model, stage, number of ranks or set of roles; used engines; or a damaged commit. Raised
-            before any engine is touched.
+        ValueError: another model, frozen weights, stage, number of ranks or set of roles; used engines; or a damaged
+            commit. Raised before any engine is touched.
     """
     commit = Path(path)
     manifest = read_manifest(commit)
     _check_fits(commit, manifest, engines, averages, unread=unread)
+    other = frozen_problem(manifest.get("frozen", {}), frozen_digests(engines, fixed or {}))  # absent in old commits
+    if other:
+        raise ValueError(f"{commit} {other}")
     problems = [] if is_verified else verify_commit(commit)
     if problems:
         raise ValueError(f"damaged commit: {'; '.join(problems[:3])}")

@@ -86,6 +86,11 @@ class Trainer:
         return {"old": self.roles.old, "ema": self.roles.ema, "reference": self.roles.reference}
 
     @property
+    def _fixed(self) -> dict[str, ParameterAverage]:
+        """What objective dmd reads from its file at every start: no commit holds it."""
+        return {} if self.roles.real_score is None else {"real_score": self.roles.real_score}
+
+    @property
     def _engines(self) -> dict[str, Any]:
         """By role, those that the objective has."""
         roles = self.roles
@@ -256,6 +261,7 @@ class Trainer:
             state=state,
             config=dump_config(self.config),
             weights_metadata={"student_shape": self.plan.shape.model_dump_json()},
+            fixed=self._fixed,
             keep=self.config.checkpoint.keep,
             replaces=self.step == self._saved[1] == 0,  # a warm-up that was stopped before
         )
@@ -268,6 +274,7 @@ class Trainer:
             averages=self._averages,
             is_verified=True,
             unread=("discriminator",),
+            fixed=self._fixed,
         )
         self.loader.load_state_dict(restored.state["loader"])
         self.step = restored.state["step"]

@@ -35,9 +35,9 @@ rows = BATCH // world.size
 
 
 class Run:
-    """A student, a discriminator, an average, and a counter as progress."""
+    """A student around a frozen layer, a discriminator, an average, a fixed one, and a counter as progress."""
 
-    def __init__(self, width: int = 7) -> None:
+    def __init__(self, width: int = 7, *, base: float = 1.0, score: float = 0.0) -> None:
         torch.manual_seed(world.rank)
         random.seed(world.rank)
         np.random.seed(world.rank)  # noqa: NPY002 - the legacy global stream is part of what resumes
@@ -48,10 +48,14 @@ class Run:
             nn.Linear(4, width), nn.GELU(), nn.Dropout(0.2), nn.LayerNorm(width), nn.Linear(width, 3)
         )
         student[3].requires_grad_(False)
+        nn.init.constant_(student.get_parameter("3.weight"), base)
         student.register_buffer("scale", torch.tensor(2.0))
         self.student = build_engine(student, student_config)
         self.critic = build_engine(nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 1)), critic_config)
         self.average = ParameterAverage(self.student, decay=0.9, name="ema")
+        target = nn.Linear(3, 2)
+        nn.init.constant_(target.weight, score)
+        self.fixed = {"real_score": ParameterAverage(target, decay=1.0, name="real score")}
         self.drawn = 0.0
 
     @property
@@ -83,11 +87,14 @@ class Run:
             averages={"ema": self.average},
             state={"loader": {"epoch": step, "rank": world.rank}, "trainer": {"drawn": self.drawn}},
             config=f"step: {step}\n",
+            fixed=self.fixed,
             keep=2,
         )
 
     def restore(self, path: Path, *, is_verified: bool = False) -> Restored:
-        return load_checkpoint(path, engines=self.engines, averages={"ema": self.average}, is_verified=is_verified)
+        return load_checkpoint(
+            path, engines=self.engines, averages={"ema": self.average}, is_verified=is_verified, fixed=self.fixed
+        )
 
     def weights(self) -> dict[str, list[float]]:
         """Every number of the run that matters, exactly (float32 to decimal and back is lossless)."""
@@ -154,6 +161,8 @@ def resume() -> dict[str, Any]:
             "drawn": run.drawn,
             "used": message(lambda path=path, run=run: run.restore(path)),
         }
+    for case, other in (("base", Run(base=0.5)), ("real_score", Run(score=0.5))):
+        outcome[case] = message(lambda other=other: other.restore(path, is_verified=True))
     run.save(2)
     return outcome
 

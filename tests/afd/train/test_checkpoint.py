@@ -89,6 +89,13 @@ def test_used_engines_are_refused(resumed: dict[str, Any]) -> None:
     assert "student engine has already taken 6 steps: resume in a new process" in resumed["whole"]["used"]
 
 
+def test_other_weights_under_what_is_trained_are_refused(resumed: dict[str, Any]) -> None:
+    """Frozen parameters and dmd's real score are not in the commit: their digests are."""
+    assert f"{commit_name(2)} was trained on other frozen weights of student (SHA-256 " in resumed["base"]
+    assert "start from the same weights (student.init_from, dmd.real_score" in resumed["base"]
+    assert "was trained on other frozen weights of real_score (SHA-256 " in resumed["real_score"]
+
+
 def test_another_world_or_model_is_refused_before_loading(refused: dict[str, str]) -> None:
     assert "was written by 2 ranks, this run has 1: start with 2 ranks, or begin a new run from" in refused["world"]
     assert "is a checkpoint of another student: 6 tensors, 73 parameters" in refused["model"]
