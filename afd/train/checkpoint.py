@@ -230,6 +230,8 @@ def load_checkpoint(
 ) -> Restored:
     """Restore fresh engines, averages and this rank's random states from a commit; collective.
 
+    A learning rate is the configuration's, not the commit's; a scheduler in DeepSpeed's JSON goes on where it was.
+
     Args:
         path: the commit.
         engines: by role, built with the same modules and JSON, not stepped yet.
@@ -253,16 +255,24 @@ def load_checkpoint(
     if problems:
         raise ValueError(f"damaged commit: {'; '.join(problems[:3])}")
     for name, engine in engines.items():
-        strict = not _has_frozen(engine)
-        found, _ = engine.load_checkpoint(str(commit / name), tag=TAG, load_module_strict=strict)
-        if found is None:
-            raise RuntimeError(f"DeepSpeed found nothing to load for {name!r} in {commit}, though it verified")
+        _load_engine(engine, commit / name)
     for name, average in averages.items():
         with _LazyTensors(commit / "averages" / f"{name}.safetensors") as values:
             average.load_state_dict(values)
     own = torch.load(commit / "ranks" / f"rank_{world_rank():05d}.pt", weights_only=True)
     restore_random_state(own["random"])
     return Restored(manifest["step"], own["state"], (commit / CONFIG).read_text(), commit)
+
+
+def _load_engine(engine: Engine, folder: Path) -> None:
+    """Everything but the learning rates: they stay the JSON's of this run, unless a scheduler in there goes on."""
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    found, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not _has_frozen(engine))
+    if found is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {folder}, though it verified")
+    if engine.lr_scheduler is None:
+        for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _check_fits(

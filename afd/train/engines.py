@@ -25,6 +25,7 @@ class Engine(Protocol):
 
     module: Any
     optimizer: Any
+    lr_scheduler: Any
     global_steps: int
     skipped_steps: int
 

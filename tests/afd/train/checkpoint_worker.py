@@ -37,13 +37,15 @@ rows = BATCH // world.size
 class Run:
     """A student around a frozen layer, a discriminator, an average, a fixed one, and a counter as progress."""
 
-    def __init__(self, width: int = 7, *, base: float = 1.0, score: float = 0.0) -> None:
+    def __init__(self, width: int = 7, *, base: float = 1.0, score: float = 0.0, more: Any = None) -> None:
         torch.manual_seed(world.rank)
         random.seed(world.rank)
         np.random.seed(world.rank)  # noqa: NPY002 - the legacy global stream is part of what resumes
         student_config = load_ds_config(CONFIGS / "zero3.json")
         critic_config = load_ds_config(CONFIGS / "zero2_discriminator.json")
         student_config["train_batch_size"] = critic_config["train_batch_size"] = BATCH
+        for name, value in (more or {}).items():
+            student_config[name] = critic_config[name] = value
         student = nn.Sequential(
             nn.Linear(4, width), nn.GELU(), nn.Dropout(0.2), nn.LayerNorm(width), nn.Linear(width, 3)
         )
@@ -79,9 +81,12 @@ class Run:
         both = torch.stack([critic_loss.detach(), student_loss.detach()])
         return all_reduce_sum(both).tolist()
 
-    def save(self, step: int) -> None:
+    def rates(self) -> list[float]:
+        return [rate for engine in self.engines.values() for rate in engine.get_lr()]
+
+    def save(self, step: int, folder: Path = options.folder) -> None:
         save_checkpoint(
-            options.folder,
+            folder,
             step,
             engines=self.engines,
             averages={"ema": self.average},
@@ -163,8 +168,22 @@ def resume() -> dict[str, Any]:
         }
     for case, other in (("base", Run(base=0.5)), ("real_score", Run(score=0.5))):
         outcome[case] = message(lambda other=other: other.restore(path, is_verified=True))
+    outcome["rates"] = resumed_rates(path, {"type": "AdamW", "params": {"lr": 0.5, "torch_adam": True}})
     run.save(2)
     return outcome
+
+
+def resumed_rates(path: Path, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """After a resume with another rate in the JSON, and in a run whose JSON has a scheduler."""
+    faster = Run(more={"optimizer": optimizer})
+    faster.restore(path, is_verified=True)
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 9, "warmup_type": "linear"}}
+    first, then = Run(more={"scheduler": scheduler}), Run(more={"scheduler": scheduler})
+    for step in (1, 2):
+        first.step(step)
+    first.save(2, options.folder / "scheduled")
+    then.restore(options.folder / "scheduled" / commit_name(2), is_verified=True)
+    return {"faster": faster.rates(), "first": first.rates(), "then": then.rates()}
 
 
 def refuse() -> dict[str, str]:

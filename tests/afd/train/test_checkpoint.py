@@ -40,7 +40,7 @@ def trained(folder: Path, launch: Any) -> dict[str, Any]:
 def resumed(trained: dict[str, Any], folder: Path, launch: Any) -> dict[str, Any]:
     """The same run continued in new processes: from step 3, and from step 2 after step 3 was damaged."""
     result = launch(WORKER, "resume", str(folder), ranks=2)
-    result["folder"] = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    result["folder"] = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and "step" in entry.name)
     return result
 
 
@@ -87,6 +87,14 @@ def test_commits_of_an_abandoned_future_are_set_aside(resumed: dict[str, Any]) -
 
 def test_used_engines_are_refused(resumed: dict[str, Any]) -> None:
     assert "student engine has already taken 6 steps: resume in a new process" in resumed["whole"]["used"]
+
+
+def test_resumed_run_takes_its_learning_rates_from_the_configuration(resumed: dict[str, Any]) -> None:
+    """What is in the commit may be a scale, a schedule or a JSON of before; only a scheduler goes on."""
+    rates = resumed["rates"]
+    assert rates["faster"] == [0.5, 0.5]
+    assert rates["then"] == rates["first"]
+    assert all(0 < rate < 1 for rate in rates["then"])
 
 
 def test_other_weights_under_what_is_trained_are_refused(resumed: dict[str, Any]) -> None:
