@@ -64,8 +64,8 @@ def stale_sign(series: Mapping[str, Series]) -> FailureSign:
 
 
 def collapsed_sign(series: Mapping[str, Series], warmup: Mapping[str, Series]) -> FailureSign:
-    """A discriminator that learns too fast overshoots, and its scores shrink to nothing while it still ranks; so they do
-    when the student has outrun it. Either way they guide no longer."""
+    """A discriminator that learns too fast overshoots, and its scores shrink to nothing while it still ranks; so
+    they do when the student has outrun it. Either way they guide no longer."""
     name = "Discriminator has collapsed"
     threshold = (
         f"its margin falls below {LEAST_MARGIN_SHARE:.0%} of the highest it had, warm-up included, or ends below "
