@@ -215,7 +215,7 @@ def _heldout_rule(config: RunConfig, source: VideoSource) -> Callable[[VideoRequ
     """Whether preparation would hold a request's prompt out: such a prompt must never be trained on."""
     if config.teacher.kind == "physics":  # its training prompts are never held out
         return lambda request: False
-    split_of = hash_split(config.prepare.heldout_fraction, take_census(source).lowest)
+    split_of = hash_split(config.prepare.heldout_fraction, take_census(source))
     return lambda request: split_of(request) == "heldout"
 
 

@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from afd.config.section import Fraction, NonNegative, Positive, Section
+from afd.config.section import NonNegative, Positive, Section
 
 
 class PrepareSection(Section):
     """What `afd prepare` keeps, refuses and how it works; sizes and rates are `video`'s, networks `encoders`'."""
 
-    heldout_fraction: Fraction = 0.1
-    """Part of the prompts that is held out, chosen by a hash of the prompt (at least one prompt); physics has its own
-    split."""
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Part of the prompts that is held out, chosen by a hash of the prompt (at least one prompt and never all); physics
+    has its own split."""
     videos_per_prompt: Positive | None = None
     """Requests taken per prompt (spelling, case and blanks aside), the first ones; None takes all."""
     dedupe_videos: Literal["any", "prompt", "off"] = "any"

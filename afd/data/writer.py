@@ -199,22 +199,13 @@ def write_shards(
                 raise ValueError(f"source_id must be unique, got {sample.source_id!r} twice")
             seen.add(sample.source_id)
             shards.add(encode_sample(sample))
-        require_samples(shards, out, rejects)
+        if shards.num_samples == 0:
+            raise ValueError(f"no sample to write to {out} ({quote_rejects(rejects, len(rejects))})")
         write_rejects(rejects, folder / REJECTS_FILE)
         summary = shards.finish(metadata, num_rejects=len(rejects))
         publish(folder, out)
     log_rejects(rejects, len(rejects))
     return replace(summary, path=out, rejects=tuple(rejects))
-
-
-def require_samples(shards: ShardFolder, out: Path, rejects: Sequence[Reject]) -> None:
-    """Refuse to finish a folder without a sample.
-
-    Raises:
-        ValueError: there is none; quotes the first reasons.
-    """
-    if shards.num_samples == 0:
-        raise ValueError(f"no sample to write to {out} ({quote_rejects(rejects, len(rejects))})")
 
 
 def quote_rejects(rejects: Sequence[Reject], count: int) -> str:

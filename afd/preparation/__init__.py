@@ -49,7 +49,8 @@ def prepare_shards(config: RunConfig, *, overwrite: Overwrite = False, retry: bo
         The summaries of what was written, by split; empty when everything was there.
     Raises:
         ValueError: there is no such device as `prepare.device`, a folder (or an unfinished preparation) holds other
-            shards and overwrite is False, a split would be empty, or the teacher is not queryable.
+            shards and overwrite is False, the folders are not apart, a split would be empty (what was encoded is
+            kept), or the teacher is not queryable.
         OSError: the disk is too full.
     """
     from afd.device import checked_device

@@ -27,17 +27,6 @@ def prompt_key(request: VideoRequest | SourceVideo | Sample) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def hash_split(heldout_fraction: float, lowest: bytes) -> SplitRule:
-    """Hold out the prompts whose hash falls below the fraction, and always the prompt with the lowest hash."""
-    limit = int(heldout_fraction * 2**64)
-
-    def split_of(request: VideoRequest) -> str:
-        key = prompt_key(request)
-        return "heldout" if int.from_bytes(key[:8], "big") < limit or key == lowest else "train"
-
-    return split_of
-
-
 @dataclass(frozen=True)
 class Census:
     """What a source would give, found out without making a video: a pass that wants nothing.
@@ -45,8 +34,7 @@ class Census:
     Attributes:
         num_requests: requests.
         digest: sha256 over every request, in order: another digest means other shards.
-        lowest: the lowest prompt key.
-        num_prompts: 0, 1 or 2, counted no further.
+        lowest, highest: the lowest and the highest prompt key; empty without requests.
         num_rejects: what is no request: no caption, no such file, a broken line.
         rejects: the first three of them.
     """
@@ -54,9 +42,14 @@ class Census:
     num_requests: int
     digest: str
     lowest: bytes
-    num_prompts: int
+    highest: bytes
     num_rejects: int
     rejects: tuple[Reject, ...]
+
+    @property
+    def num_prompts(self) -> int:
+        """0, 1 or 2, counted no further."""
+        return (self.lowest != b"") + (self.lowest != self.highest)
 
 
 def take_census(source: VideoSource) -> Census:
@@ -77,7 +70,19 @@ def take_census(source: VideoSource) -> Census:
         num_rejects += 1
         if isinstance(given, SourceReject) and num_rejects <= 3:
             rejects.append(Reject(given.source_id, given.reason))
-    return Census(count, digest.hexdigest(), low, (low != b"") + (low != high), num_rejects, tuple(rejects))
+    return Census(count, digest.hexdigest(), low, high, num_rejects, tuple(rejects))
+
+
+def hash_split(heldout_fraction: float, census: Census) -> SplitRule:
+    """Hold out the prompts whose hash falls below the fraction: always the lowest one, never the highest of several."""
+    limit = int(heldout_fraction * 2**64)
+
+    def split_of(request: VideoRequest) -> str:
+        key = prompt_key(request)
+        is_below = int.from_bytes(key[:8], "big") < limit and key != census.highest
+        return "heldout" if is_below or key == census.lowest else "train"
+
+    return split_of
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A hidden work folder beside the training shards holds `events.jsonl`, one line p
 shard, in order; and `<split>.<shard>.rows`, the rows of each split's open shard. A row is written before its line, and
 its line has its hash: a line that is cut short, or whose row is not there, was never written. Rows of a shard are
 dropped once the shard's own file is in place. Rows outlive a killed process at once, a power cut from the next closed
-shard on.
+shard on. A pass that left a split empty is followed by another, which keeps its samples and forgets its rejects.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Progress:
 
     Attributes:
         splits: by name.
-        last_number: the highest request number with an event; -1 before the first.
-        num_free: rejects without a request number.
-        num_rejects: all rejects.
+        last_number: the highest request number with an event in this pass; -1 before the first.
+        num_free: its rejects without a request number.
+        num_rejects: all its rejects.
         is_complete: the source was read to its end.
     """
 
@@ -84,6 +84,7 @@ class Journal:
         if not self._events.exists() or self._events.stat().st_size < len(self._header):
             self._events.write_text(self._header)
         self._file: Any = None
+        self._pass_start = len(self._header)
         self._spools: dict[str, Any] = {}
         self._shards = dict.fromkeys(splits, 0)
 
@@ -111,8 +112,21 @@ class Journal:
 
     def _keys(self) -> Iterator[tuple[bytes, str]]:
         for _, event in _read_events(self._events):
-            if event.get("key"):
-                yield bytes.fromhex(event["key"]), event.get("sample") or event["reject"]
+            if event.get("key") and "sample" in event:
+                yield bytes.fromhex(event["key"]), event["sample"]
+        for _, event in _read_events(self._events, self._pass_start):
+            if event.get("key") and "reject" in event:
+                yield bytes.fromhex(event["key"]), event["reject"]
+
+    def settled(self) -> Iterator[str]:
+        """The source_ids of the samples of earlier passes."""
+        end = len(self._header)
+        for line, event in _read_events(self._events):
+            end += len(line)
+            if end > self._pass_start:
+                return
+            if "sample" in event:
+                yield event["sample"]
 
     def _read_progress(self) -> tuple[Progress, bool]:
         """Go through the events; those from the first damaged one on are cut off, and another reading is needed."""
@@ -121,11 +135,13 @@ class Journal:
             if "shard" in event:
                 closed[event["split"]] += 1
         progress = Progress({split: SplitState() for split in self._splits})
-        end = len(self._header)
+        end = self._pass_start = len(self._header)
         for line, event in _read_events(self._events):
             if not self._apply(event, progress, closed):
                 break
             end += len(line)
+            if "again" in event:
+                self._pass_start = end
         is_cut = self._events.stat().st_size > end
         if is_cut:
             with self._events.open("r+b") as file:
@@ -141,6 +157,9 @@ class Journal:
             return True
         if "end" in event:
             progress.is_complete = True
+            return True
+        if "again" in event:
+            progress.last_number, progress.num_free, progress.num_rejects, progress.is_complete = -1, 0, 0, False
             return True
         if "sample" in event:
             state = progress.splits[event["split"]]
@@ -206,9 +225,13 @@ class Journal:
         """Note that the source was read to its end."""
         self._append({"end": True}, sync=True)
 
+    def add_again(self) -> None:
+        """Note that what was rejected is to be asked for again, by the next process."""
+        self._append({"again": True}, sync=True)
+
     def rejects(self) -> Iterator[Reject]:
-        """Every reject so far, in order."""
-        events = (event for _, event in _read_events(self._events) if "reject" in event)
+        """Every reject of this pass so far, in order."""
+        events = (event for _, event in _read_events(self._events, self._pass_start) if "reject" in event)
         return (
             Reject(event["reject"], event["reason"], event["file"], event.get("is_final", True)) for event in events
         )
@@ -246,10 +269,13 @@ def encoded_teachers(folder: Path) -> set[str]:
     return {event["teacher"] for _, event in _read_events(path) if "sample" in event} if path.is_file() else set()
 
 
-def _read_events(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The whole lines after the header, with what they say."""
+def _read_events(path: Path, start: int | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines from a byte on, by default after the header, with what they say."""
     with path.open("rb") as file:
-        file.readline()
+        if start is None:
+            file.readline()
+        else:
+            file.seek(start)
         for line in file:
             if not line.endswith(b"\n"):
                 return

@@ -30,7 +30,6 @@ from afd.data.writer import (
     encode_sample,
     log_rejects,
     publish,
-    require_samples,
     write_rejects,
 )
 from afd.models.encoders import release_memory
@@ -82,6 +81,8 @@ class _Preparation:
             progress, keys = self._journal.replay()
         self._videos = Seen()
         plan.base.note_samples(self._note_video)
+        for source_id in self._journal.settled():
+            plan.base.settle(source_id)
         for key, source_id in keys:
             self._videos.first(key, source_id)
         self._done, self._is_complete = progress.last_number, progress.is_complete
@@ -223,13 +224,13 @@ class _Preparation:
         self._journal.add_reject(number, reject, key)
 
     def _publish(self) -> dict[str, ShardSummary]:
-        """Finish both folders, put them in place, and drop the work folder."""
+        """Finish both folders, put them in place, and drop the work folder; it stays where a split is empty."""
         plan, rejects = self._plan, list(itertools.islice(self._journal.rejects(), NUM_LOGGED + 1))
         folders = {split: folder for split, folder in self._folders.items() if folder is not None}
-        if not all(folder.num_samples for folder in folders.values()):
-            plan.discard_work()  # the next call asks again
         for split, folder in folders.items():
-            require_samples(folder, plan.outs[split], rejects)
+            if folder.num_samples == 0:
+                self._journal.add_again()
+                raise ValueError(plan.explain_empty(split, self._journal.rejects()))
         log_rejects(rejects, self._num_rejects - plan.base.num_rejects)
         summaries: dict[str, ShardSummary] = {}
         for split in reversed(SPLITS):  # the training folder, which holds the rejects, comes last

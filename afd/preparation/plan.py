@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from afd.config import RunConfig
-from afd.data.schema import settings_fingerprint
+from afd.data.schema import Reject, settings_fingerprint
 from afd.data.writer import is_vacant, prepared_from, quote_rejects, require_replaceable, shards_match
 from afd.preparation import Overwrite, shard_folders
 from afd.preparation.intake import SPLITS, Census, SplitRule, hash_split, take_census
@@ -47,18 +48,24 @@ def _hash_split(config: RunConfig, census: Census) -> SplitRule:
             f"got {census.num_prompts} in {census.num_requests} requests "
             f"({quote_rejects(census.rejects, census.num_rejects)})"
         )
-    return hash_split(config.prepare.heldout_fraction, census.lowest)
+    return hash_split(config.prepare.heldout_fraction, census)
 
 
 def make_plan(config: RunConfig, source: VideoSource, split_of: SplitRule | None) -> Plan:
     """Take the census of a source; without a split of its own, prompts are held out by their hash.
 
     Raises:
-        ValueError: it offers fewer than two prompts.
+        ValueError: it offers fewer than two prompts, or a split's folder is, or lies in, the other's.
     """
+    outs: dict[str, Path] = dict(zip(SPLITS, shard_folders(config), strict=True))
+    train, heldout = (out.resolve() for out in outs.values())
+    if train.is_relative_to(heldout) or heldout.is_relative_to(train):
+        raise ValueError(
+            f"data.train_shards and data.heldout_shards must be two folders, neither in the other, got {train} and "
+            f"{heldout}"
+        )
     census = take_census(source)
     settings = {split: _settings(config, source, census, split) for split in SPLITS}
-    outs: dict[str, Path] = dict(zip(SPLITS, shard_folders(config), strict=True))
     return Plan(config, source, split_of or _hash_split(config, census), census, settings, outs)
 
 
@@ -105,6 +112,27 @@ class Plan:
 
     def open_journal(self) -> Journal:
         return Journal(self.work_folder, self.fingerprint, SPLITS)
+
+    def explain_empty(self, split: str, rejects: Iterator[Reject]) -> str:
+        """An error's text for a split of which nothing could be used: what was lost, what is kept, what to change."""
+        prompts: dict[str, str] = {}
+
+        def note(request: VideoRequest) -> bool:
+            if self.split_of(request) == split:
+                prompts[request.source_id] = request.prompt
+            return False
+
+        for _ in self.source.videos(note):
+            pass
+        lost = [reject for reject in rejects if reject.source_id in prompts]
+        names = [repr(prompt[:60]) for prompt in dict.fromkeys(prompts.values())]
+        return (
+            f"no sample to write to {self.outs[split]}: the prompts of this split ({', '.join(names[:3])}"
+            f"{f', {len(names) - 3} more' if len(names) > 3 else ''}) gave none "
+            f"({quote_rejects(lost, len(lost))}). What was encoded stays in {self.work_folder}: mend these videos and "
+            "give the same command, which asks again for what was rejected; or start over with another "
+            f"prepare.heldout_fraction than {self.config.prepare.heldout_fraction:g} and --overwrite"
+        )
 
     def tidy_up(self) -> None:
         """Drop the work folder of a preparation that was killed after its shards were in place."""

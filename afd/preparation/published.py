@@ -54,7 +54,7 @@ class Published:
             ValueError: a folder is broken.
         """
         self._folders = dict(folders or {})
-        self._settled = Seen()
+        self._settled, self._has_settled = Seen(), False
         self.splits: dict[str, PublishedSplit] = {}
         digest = hashlib.sha256()
         for split, folder in self._folders.items():
@@ -67,7 +67,7 @@ class Published:
         self.num_rejects = 0
         for reject in self.rejects():
             digest.update(reject.source_id.encode("utf-8", "surrogatepass"))
-            self._settled.count(_digest(reject.source_id))
+            self.settle(reject.source_id)
             self.num_rejects += 1
         self.digest = digest.hexdigest() if self._folders else ""
 
@@ -83,12 +83,17 @@ class Published:
         """
         for folder in self._folders.values():
             for sample in read_folder(folder):
-                self._settled.count(_digest(sample.source_id))
+                self.settle(sample.source_id)
                 note(sample)
 
+    def settle(self, source_id: str) -> None:
+        """Count a request as done before this pass."""
+        self._has_settled = True
+        self._settled.count(_digest(source_id))
+
     def is_settled(self, source_id: str) -> bool:
-        """Whether a request is in the shards or finally rejected."""
-        return bool(self._folders) and _digest(source_id) in self._settled
+        """Whether a request is in the shards, finally rejected, or done before this pass."""
+        return self._has_settled and _digest(source_id) in self._settled
 
     def rejects(self) -> Iterator[Reject]:
         """The final rejects, in order, from the disk."""

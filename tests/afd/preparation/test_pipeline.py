@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from afd.config import RunConfig
-from afd.config_file import dump_config
+from afd.config_file import ConfigError, dump_config
 from afd.data.integrity import open_dataset
 from afd.data.loader import build_loader, read_all
 from afd.data.schema import Sample
@@ -18,6 +18,8 @@ from afd.data.video import decode_video
 from afd.models.dct_codec import DCTCodec
 from afd.models.encoders import load_text_encoder
 from afd.preparation import prepare_shards, shard_folders
+from afd.preparation.intake import prompt_key
+from afd.teachers.base import VideoRequest
 
 MakeFolder = Callable[..., Path]
 MakeConfig = Callable[..., RunConfig]
@@ -177,6 +179,74 @@ def test_a_split_that_would_be_empty_is_refused_before_the_work(
     with pytest.raises(ValueError, match=r"at least 2 different prompts.*got 1 in 2 requests"):
         prepare_shards(config)
     assert not config.output_dir.exists()
+
+
+def test_an_empty_split_loses_nothing_and_is_asked_for_again(
+    folder_of_videos: MakeFolder, config_for: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from afd.preparation import pipeline
+
+    encoded: list[int] = []
+    encode = pipeline.ClipEncoder.encode
+
+    def count(self: Any, clips: Any) -> Any:
+        encoded.append(len(clips))
+        return encode(self, clips)
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.ClipEncoder, "encode", count)
+    videos = folder_of_videos(6)
+    config = config_for(videos, "prepare.heldout_fraction=0", "prepare.batch_size=2", "prepare.shard_mib=0.04")
+    rows = [json.loads(line) for line in (videos / "metadata.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: prompt_key(VideoRequest(row["caption"], 0, "")))  # the lowest is held out
+    files = {row["file_name"]: (videos / row["file_name"]).read_bytes() for row in rows[:2]}
+    for name in files:
+        (videos / name).write_bytes(b"damaged")
+    message = (
+        rf"heldout: the prompts of this split \('{rows[0]['caption'][:60]}'\) gave none "
+        r"\(1 rejected: folder-.*: cannot be .*stays in .*\.train\.work.*another prepare\.heldout_fraction"
+    )
+    for num_encoded in (4, 0):
+        encoded.clear()
+        with pytest.raises(ValueError, match=message):
+            prepare_shards(config)
+        assert sum(encoded) == num_encoded
+    for name, data in files.items():
+        (videos / name).write_bytes(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_shards(config)
+    prepare_shards(config)
+    train, heldout = read_both(config)
+    assert sorted(sample.prompt for sample in train) == sorted(row["caption"] for row in rows[1:])
+    assert [sample.prompt for sample in heldout] == [rows[0]["caption"]]
+    assert (sum(encoded), read_rejects(config)) == (2, {})
+    assert sorted(path.name for path in (config.output_dir / "data").iterdir()) == ["heldout", "train"]
+
+
+def test_no_setting_holds_out_every_prompt(folder_of_videos: MakeFolder, config_for: MakeConfig) -> None:
+    videos = folder_of_videos(4)
+    with pytest.raises(ConfigError, match=r"heldout_fraction: Input should be less than 1, got 1"):
+        config_for(videos, "prepare.heldout_fraction=1")
+    config = config_for(videos, "prepare.heldout_fraction=0.9999")
+    prepare_shards(config)
+    assert list(map(len, read_both(config))) == [1, 3]
+
+
+@pytest.mark.parametrize("heldout", ["train", "train/inside", ".", "other/../train"])
+def test_the_folders_of_the_splits_must_be_apart(
+    folder_of_videos: MakeFolder, config_for: MakeConfig, tmp_path: Path, heldout: str
+) -> None:
+    folders = (f"data.train_shards={tmp_path / 'train'}", f"data.heldout_shards={tmp_path / heldout}")
+    config = config_for(folder_of_videos(3), *folders)
+    with pytest.raises(
+        ValueError, match=r"data\.heldout_shards must be two folders, neither in the other, got .*train"
+    ):
+        prepare_shards(config)
+    assert not (tmp_path / "train").exists()
 
 
 def test_a_folder_without_a_usable_row_says_why(folder_of_videos: MakeFolder, config_for: MakeConfig) -> None:
