@@ -48,6 +48,8 @@ def build_discriminator(
         elif backbone is not None:
             layers = section.backbone.taps(plan.shape.num_layers)
             discriminator = BackboneDiscriminator(backbone, layers, section.backbone)
+            # DeepSpeed casts no module that holds shards already.
+            discriminator.heads.to(_engine_dtype(ds_config))
         else:
             discriminator = LatentDiscriminator(section.shape)
     if section.clip_frames is not None:
