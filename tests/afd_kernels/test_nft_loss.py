@@ -72,6 +72,18 @@ def test_gradient_at_the_old_policy_is_signed_regression(tensors, times, w, is_c
     torch.testing.assert_close(loss, nft_loss(v, old, target, times, 1 - w, nft_beta=beta, variant="plain"))
 
 
+@pytest.mark.parametrize("clip", [5.0, 2.0])
+def test_plain_loss_is_least_where_advantage_clip_and_beta_say(tensors, times, clip):
+    """v_old + (2 w - 1) / beta (v* - v_old), with 2 w - 1 = advantage / clip: how far an update may go."""
+    advantage, beta = torch.tensor([-1.5, 0.0, 1.0], dtype=torch.float64), 0.5
+    w, share = advantage / (2 * clip) + 0.5, advantage / clip / beta
+    old, target = tensors["v_old"], tensors["eps"]
+    best = (old + share[:, None, None, None, None] * (target - old)).requires_grad_()
+    loss = nft_loss(best, old, target, times, w, nft_beta=beta, variant="plain")
+    (grad,) = torch.autograd.grad(loss.sum(), best)
+    torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-12)
+
+
 def test_time_per_sample_equals_the_same_time_on_every_frame(tensors, times, w):
     arguments = (tensors["v"], tensors["v_old"], tensors["eps"])
     per_sample = nft_loss(*arguments, times[:, 0], w, nft_beta=0.3)
