@@ -123,7 +123,7 @@ _RULES = {
     "bf16.enabled": _BOOLEAN,
     "fp16.enabled": _BOOLEAN,
     "gradient_clipping": _NOT_NEGATIVE,
-    "optimizer.params.lr": _POSITIVE,
+    "optimizer.params.lr": _NOT_NEGATIVE,
     "sequence_parallel_size": _COUNT,
     "zero_optimization.offload_optimizer.device": _DEVICE,
     "zero_optimization.offload_param.device": _DEVICE,
