@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from afd.data.loader import read_all, to_batch
     from afd.distributed import close_world, init_world
-    from afd.evaluation.heldout import HeldoutEvaluator
+    from afd.evaluation.heldout import HeldoutEvaluator, without_nan
     from afd.evaluation.metric_facts import terminal_table
     from afd.models.encoders import load_codec
     from afd.preparation import shard_places
@@ -52,10 +52,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     finally:
         close_world()
     if world.is_main:
-        plain = {name: _without_nan(summary) for name, summary in roles.items()}
         how = {"commit": commit.name, "weights": arguments.weights, "overrides": arguments.overrides}
         print(f"{terminal_table(roles)}\n", flush=True)
-        out.write_text(json.dumps({**how, **plain}, indent=2, allow_nan=False) + "\n")
+        out.write_text(json.dumps({**how, **without_nan(roles)}, indent=2, allow_nan=False) + "\n")
         print(out)
 
 
@@ -70,11 +69,3 @@ def _checked_out(out: Path) -> Path:
     if not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ConfigError(f"--out must be a file that can be written, in an existing folder, got {out}")
     return out
-
-
-def _without_nan(summary: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """JSON has no NaN: undefined numbers become null."""
-    return {
-        metric: {name: None if value != value else value for name, value in values.items()}
-        for metric, values in summary.items()
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,13 @@ def measure_clip(clip: np.ndarray, prompt: str, config: RunConfig) -> dict[str, 
         restitution=world.restitution,
         background=world.background,
     )
+
+
+def without_nan(tree: Any) -> Any:
+    """JSON has no NaN: undefined numbers in nested mappings become null."""
+    if isinstance(tree, dict):
+        return {key: without_nan(value) for key, value in tree.items()}
+    return None if isinstance(tree, float) and tree != tree else tree
 
 
 @dataclass(frozen=True)

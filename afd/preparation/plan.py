@@ -150,8 +150,8 @@ class Plan:
         for split in todo:
             out = self.outs[split]
             require_replaceable(out)
-            if not is_vacant(out) and not self._may_replace(out, {prepared_from(out)}, overwrite):
-                kind = prepared_from(out)
+            kind = prepared_from(out)
+            if not is_vacant(out) and not self._may_replace(out, {kind}, overwrite):
                 raise ValueError(
                     f"{out} exists already, {f'prepared from teacher.kind={kind}' if kind else 'made'} with other "
                     "settings: train on it with teacher.kind=shards, choose another output_dir, or replace it with "

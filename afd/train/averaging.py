@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from afd.distributed import world_rank, world_size
 from afd.train.engines import (
     Engine,
     bare_module,
     gather_shards,
     local_shard,
+    own_share,
     release_gathered,
     shard_slice,
     zero_stage,
@@ -158,12 +158,9 @@ class ParameterAverage:
             release_gathered(self._owner)
 
     def own_parts(self) -> list[tuple[str, Tensor]]:
-        """This rank's share by parameter name: its part of each, flat, under ZeRO-3; else every so many-th, whole."""
+        """This rank's share of the averages by parameter name, as `own_share` divides them."""
         parts = dict(zip(self._parameters, self._average, strict=True))
-        if not self._sharded:
-            return list(parts.items())[world_rank() :: world_size()]
-        slices = {name: shard_slice(parameter) for name, parameter in self._parameters.items()}
-        return [(name, part[: slices[name].stop - slices[name].start]) for name, part in parts.items()]
+        return own_share(self._parameters, parts, is_sharded=self._sharded)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole float32 averages by the module's own parameter names, on the CPU of rank 0; collective.

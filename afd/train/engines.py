@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from afd.distributed import world_rank, world_size
 from afd.train.ds_config import DSConfig, batch_arithmetic, check_ds_config
 
 
@@ -226,6 +227,23 @@ def shard_slice(parameter: Any) -> slice:
     size = parameter.ds_tensor.ds_numel
     start = min(size * dist.get_rank(), parameter.ds_numel)
     return slice(start, min(start + size, parameter.ds_numel))
+
+
+def own_share(
+    parameters: Mapping[str, Any], parts: Mapping[str, Tensor], *, is_sharded: bool
+) -> list[tuple[str, Tensor]]:
+    """This rank's share of tensors by parameter name: of each its part without the padding under ZeRO-3, else every
+    so many-th, whole.
+
+    Args:
+        parameters: tell where a shard's padding begins.
+        parts: what is shared out: flat shards under ZeRO-3, else whole tensors.
+        is_sharded: whether the engine is a ZeRO-3 one.
+    """
+    if not is_sharded:
+        return list(parts.items())[world_rank() :: world_size()]
+    slices = {name: shard_slice(parameters[name]) for name in parts}
+    return [(name, part[: slices[name].stop - slices[name].start]) for name, part in parts.items()]
 
 
 def gather_shards(parameter: Any, shard: Tensor) -> Tensor | None:

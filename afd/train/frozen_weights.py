@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from afd.distributed import gather_objects, world_rank, world_size
+from afd.distributed import gather_objects
 from afd.models.lora import is_old_adapter
 from afd.train.averaging import ParameterAverage
-from afd.train.engines import Engine, bare_module, shard_slice, zero_stage
+from afd.train.engines import Engine, bare_module, own_share, zero_stage
 
 _DIGESTS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 """By module or average: hashed once a process, because they do not move."""
@@ -59,15 +59,14 @@ def frozen_problem(saved: Mapping[str, str], own: Mapping[str, str]) -> str | No
 
 
 def _own_frozen(engine: Engine) -> list[tuple[str, Tensor]] | None:
-    """This rank's part of the frozen parameters: of each under ZeRO-3, else every so many-th; None without any."""
+    """This rank's share of the frozen parameters; None without any."""
     parameters: dict[str, Any] = dict(bare_module(engine).named_parameters())
     frozen = {name: each for name, each in parameters.items() if not (each.requires_grad or is_old_adapter(name))}
     if not frozen:
         return None
-    if zero_stage(engine) == 3:
-        slices = {name: shard_slice(each) for name, each in frozen.items()}
-        return [(name, each.ds_tensor.data[: slices[name].stop - slices[name].start]) for name, each in frozen.items()]
-    return [(name, each.detach()) for name, each in list(frozen.items())[world_rank() :: world_size()]]
+    is_sharded = zero_stage(engine) == 3
+    parts = {name: each.ds_tensor.data if is_sharded else each.detach() for name, each in frozen.items()}
+    return own_share(frozen, parts, is_sharded=is_sharded)
 
 
 def _digest(own: Iterable[tuple[str, Tensor]]) -> str:

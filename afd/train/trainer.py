@@ -19,7 +19,7 @@ from afd.config_file import dump_config
 from afd.data.live_loader import LiveLoader
 from afd.data.loader import read_all, to_batch
 from afd.distributed import World, all_reduce_max
-from afd.evaluation.heldout import HeldoutEvaluator, Summary
+from afd.evaluation.heldout import HeldoutEvaluator, Summary, without_nan
 from afd.evaluation.report import build_report
 from afd.evaluation.samples import write_samples
 from afd.live import build_train_loader
@@ -295,7 +295,7 @@ class Trainer:
         output = self.config.output_dir
         if facts is not None:
             (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-        measured = {"step": self.step, "weights": "ema", **_without_nan(self.evaluation)}
+        measured = {"step": self.step, "weights": "ema", **without_nan(self.evaluation)}
         (output / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n")
         report = build_report(output)
         for path in (output / "evaluation.json", report):
@@ -315,10 +315,3 @@ class Trainer:
 def _to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     values = torch.stack([value.float() for value in metrics.values()]).tolist()
     return dict(zip(metrics, values, strict=True))
-
-
-def _without_nan(tree: Any) -> Any:
-    """JSON has no NaN: undefined numbers become null."""
-    if isinstance(tree, dict):
-        return {key: _without_nan(value) for key, value in tree.items()}
-    return None if isinstance(tree, float) and tree != tree else tree

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def distillation() -> Any:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("distillation")
-    finally:
-        sys.path.remove(str(FOLDER))
+def distillation(on_path: None) -> Any:
+    return importlib.import_module("distillation")
 
 
 def a_finished_run(distillation: Any, output: Path, command: str) -> None:

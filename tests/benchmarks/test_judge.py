@@ -13,12 +13,8 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def judge() -> Any:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("judge")
-    finally:
-        sys.path.remove(str(FOLDER))
+def judge(on_path: None) -> Any:
+    return importlib.import_module("judge")
 
 
 def test_rank_correlation_is_spearmans(judge: Any) -> None:

@@ -18,14 +18,10 @@ FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def parts() -> Any:
+def parts(on_path: None) -> Any:
     """The study's modules, by name."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        names = ("study_rows", "study_runs", "study_scores", "study_tables", "study_time")
-        yield type("Modules", (), {name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(FOLDER))
+    names = ("study_rows", "study_runs", "study_scores", "study_tables", "study_time")
+    return type("Modules", (), {name: importlib.import_module(name) for name in names})
 
 
 def test_every_row_comes_after_the_one_it_goes_on_from(parts: Any) -> None:
