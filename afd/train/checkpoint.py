@@ -5,7 +5,6 @@ unpickled. `student.safetensors` and `averages/*.safetensors` hold whole float32
 sampling and export read those and need neither DeepSpeed nor pickle.
 """
 
-import hashlib
 import importlib.metadata
 import logging
 import platform
@@ -24,7 +23,10 @@ from torch import Tensor
 from afd.distributed import barrier, broadcast_object, gather_objects, world_rank, world_size
 from afd.models.lora import is_old_adapter
 from afd.train.averaging import ParameterAverage
+from afd.train.checkpoint_fit import FORMAT, check_fits, has_frozen, model_record
 from afd.train.commit import (
+    CONFIG,
+    STUDENT_WEIGHTS,
     commit_bytes,
     commit_name,
     commit_problems,
@@ -39,17 +41,14 @@ from afd.train.commit import (
     write_durably,
     write_manifest,
 )
-from afd.train.engines import Engine, bare_module, consolidated_weights, zero_stage
+from afd.train.engines import Engine, bare_module, consolidated_weights
 from afd.train.frozen_weights import frozen_digests, frozen_problem
 from afd.train.rank_state import check_plain, random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 TAG = "engine"
 STUDENT = "student"
-STUDENT_WEIGHTS = "student.safetensors"
-CONFIG = "config.yaml"
 RESERVE_BYTES = 64 * 2**20
 
 
@@ -103,7 +102,7 @@ def save_checkpoint(
     temporary = output / f"{final.name}.tmp-{broadcast_object(secrets.token_hex(4))}"
     _on_rank_0(lambda: _prepare(temporary, _estimated_bytes(engines, averages)))
     for name, engine in engines.items():
-        is_partial = _has_frozen(engine)
+        is_partial = has_frozen(engine)
         engine.save_checkpoint(str(temporary / name), tag=TAG, save_latest=False, exclude_frozen_parameters=is_partial)
     _write_weights(temporary, engines[STUDENT], averages, dict(weights_metadata or {}))
     torch.save({"random": random_state(), "state": state}, temporary / "ranks" / f"rank_{world_rank():05d}.pt")
@@ -115,7 +114,7 @@ def save_checkpoint(
         "format": FORMAT,
         "step": step,
         "world_size": world_size(),
-        "models": {name: _model_record(engine) for name, engine in engines.items()},
+        "models": {name: model_record(engine) for name, engine in engines.items()},
         "averages": sorted(averages),
         "frozen": frozen_digests(engines, fixed or {}),
         "versions": _versions(),
@@ -230,7 +229,8 @@ def load_checkpoint(
 ) -> Restored:
     """Restore fresh engines, averages and this rank's random states from a commit; collective.
 
-    A learning rate is the configuration's, not the commit's; a scheduler in DeepSpeed's JSON goes on where it was.
+    The optimizer's learning rate, betas and weight decay are the JSON's of this run, not the commit's; a scheduler in
+    there goes on where it was.
 
     Args:
         path: the commit.
@@ -242,12 +242,12 @@ def load_checkpoint(
     Returns:
         The step, this rank's own `state`, and the configuration's text.
     Raises:
-        ValueError: another model, frozen weights, stage, number of ranks or set of roles; used engines; or a damaged
-            commit. Raised before any engine is touched.
+        ValueError: another model, frozen weights, stage, scheduler, number of ranks or set of roles; used engines; or a
+            damaged commit. Raised before any engine is touched.
     """
     commit = Path(path)
     manifest = read_manifest(commit)
-    _check_fits(commit, manifest, engines, averages, unread=unread)
+    check_fits(commit, manifest, engines, averages, unread=unread)
     other = frozen_problem(manifest.get("frozen", {}), frozen_digests(engines, fixed or {}))  # absent in old commits
     if other:
         raise ValueError(f"{commit} {other}")
@@ -265,80 +265,16 @@ def load_checkpoint(
 
 
 def _load_engine(engine: Engine, folder: Path) -> None:
-    """Everything but the learning rates: they stay the JSON's of this run, unless a scheduler in there goes on."""
-    rates = [group["lr"] for group in engine.optimizer.param_groups]
-    found, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not _has_frozen(engine))
+    """Everything but the optimizer's settings, which stay the JSON's of this run; what a scheduler in there moves goes
+    on where it was."""
+    moved = ("lr", "betas", "momentum") if engine.lr_scheduler is not None else ()
+    kept = [name for name in engine.optimizer_params() if name not in moved]
+    own = [{name: group[name] for name in kept if name in group} for group in engine.optimizer.param_groups]
+    found, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not has_frozen(engine))
     if found is None:
         raise RuntimeError(f"DeepSpeed found nothing to load in {folder}, though it verified")
-    if engine.lr_scheduler is None:
-        for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
-def _check_fits(
-    commit: Path,
-    manifest: dict[str, Any],
-    engines: Mapping[str, Engine],
-    averages: Mapping[str, ParameterAverage],
-    *,
-    unread: Collection[str],
-) -> None:
-    """Compare a manifest with this run; every rank comes to the same verdict without talking."""
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{commit} has checkpoint format {manifest['format']}, this version reads {FORMAT}")
-    saved_models = manifest["models"]
-    if not engines.keys() <= saved_models.keys() <= engines.keys() | set(unread) or manifest["averages"] != sorted(
-        averages
-    ):
-        raise ValueError(
-            f"{commit} holds engines {sorted(saved_models)} and averages {manifest['averages']}, "
-            f"this run has {sorted(engines)} and {sorted(averages)}"
-        )
-    for name, engine in engines.items():
-        saved, own = saved_models[name], _model_record(engine)
-        for key in ("fingerprint", "num_parameters", "num_tensors"):
-            if saved[key] != own[key]:
-                raise ValueError(
-                    f"{commit} is a checkpoint of another {name}: {saved['num_tensors']} tensors, "
-                    f"{saved['num_parameters']} parameters, fingerprint {saved['fingerprint'][:12]}; this run's has "
-                    f"{own['num_tensors']}, {own['num_parameters']}, {own['fingerprint'][:12]}"
-                )
-        for key in ("zero_stage", "dtype"):
-            if saved[key] != own[key]:
-                raise ValueError(f"{commit}: {name} was saved with {key} {saved[key]}, this run has {own[key]}")
-        if engine.global_steps:
-            raise ValueError(f"{name} engine has already taken {engine.global_steps} steps: resume in a new process")
-    if manifest["world_size"] != world_size():
-        raise ValueError(
-            f"{commit} was written by {manifest['world_size']} ranks, this run has {world_size()}: start with "
-            f"{manifest['world_size']} ranks, or begin a new run from its {STUDENT_WEIGHTS} (weights only)"
-        )
-
-
-def _has_frozen(engine: Engine) -> bool:
-    return any(not parameter.requires_grad for parameter in bare_module(engine).parameters())
-
-
-def _model_record(engine: Engine) -> dict[str, Any]:
-    """What must agree for a checkpoint to fit: names, shapes and trainability in order; stage and dtype."""
-    digest = hashlib.sha256()
-    total, count, dtype = 0, 0, ""
-    parameters: dict[str, Any] = dict(bare_module(engine).named_parameters())
-    for name, parameter in parameters.items():
-        if is_old_adapter(name):
-            continue  # whether v_old has an adapter of its own is a matter of speed, not of what is trained
-        shape = list(getattr(parameter, "ds_shape", parameter.shape))
-        digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
-        total += getattr(parameter, "ds_numel", parameter.numel())
-        count += 1
-        dtype = dtype or str(parameter.dtype)
-    return {
-        "fingerprint": digest.hexdigest(),
-        "num_parameters": total,
-        "num_tensors": count,
-        "zero_stage": zero_stage(engine),
-        "dtype": dtype,
-    }
+    for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def _versions() -> dict[str, str]:
@@ -390,8 +326,3 @@ def read_student_weights(path: str | Path, *, average: str | None = None) -> dic
             raise ValueError(f"{file} is missing or damaged")
         weights.update(load_file(file))
     return weights
-
-
-def export_student_weights(path: str | Path, file: str | Path, *, average: str | None = None) -> None:
-    """Write a commit's student weights to one safetensors file; see `read_student_weights`."""
-    save_file(read_student_weights(path, average=average), file, metadata={"average": average or "none"})

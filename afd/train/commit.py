@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
+CONFIG = "config.yaml"
+STUDENT_WEIGHTS = "student.safetensors"
 LOCK = ".run.lock"
 PICKLES = (".pt", ".pth", ".bin", ".pkl")
 _COMMIT = re.compile(r"step_(\d{8,})")

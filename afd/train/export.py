@@ -17,8 +17,7 @@ from afd.models.weights.loading import StudentFile, open_student
 from afd.models.weights.shapes import resolve_shape
 from afd.models.weights.sources import LazyTensor, WeightSource, Which, open_source
 from afd.models.weights.streaming import write_tensors
-from afd.train.checkpoint import CONFIG, STUDENT_WEIGHTS
-from afd.train.commit import file_sha256, read_manifest
+from afd.train.commit import CONFIG, STUDENT_WEIGHTS, file_sha256, read_manifest
 from afd.train.model_card import write_card
 from afd.train.restore import resolve_commit
 

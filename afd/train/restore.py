@@ -9,8 +9,8 @@ from afd.config_file import ConfigError, load_config
 from afd.models.student import CausalStudent
 from afd.models.weights import check_names_and_shapes, stored_shape
 from afd.train.builders import prepare_student
-from afd.train.checkpoint import CONFIG, STUDENT_WEIGHTS, read_student_weights
-from afd.train.commit import list_commits, read_manifest
+from afd.train.checkpoint import read_student_weights
+from afd.train.commit import CONFIG, STUDENT_WEIGHTS, list_commits, read_manifest
 from afd.train.preflight import RunPlan
 
 

@@ -81,8 +81,9 @@ class Run:
         both = torch.stack([critic_loss.detach(), student_loss.detach()])
         return all_reduce_sum(both).tolist()
 
-    def rates(self) -> list[float]:
-        return [rate for engine in self.engines.values() for rate in engine.get_lr()]
+    def settings(self) -> list[tuple[float, list[float], float]]:
+        groups = [group for engine in self.engines.values() for group in engine.optimizer.param_groups]
+        return [(group["lr"], list(group["betas"]), group["weight_decay"]) for group in groups]
 
     def save(self, step: int, folder: Path = options.folder) -> None:
         save_checkpoint(
@@ -168,22 +169,24 @@ def resume() -> dict[str, Any]:
         }
     for case, other in (("base", Run(base=0.5)), ("real_score", Run(score=0.5))):
         outcome[case] = message(lambda other=other: other.restore(path, is_verified=True))
-    outcome["rates"] = resumed_rates(path, {"type": "AdamW", "params": {"lr": 0.5, "torch_adam": True}})
+    params = {"lr": 0.5, "betas": [0.5, 0.6], "weight_decay": 0.25, "torch_adam": True}
+    outcome["settings"] = resumed_settings(path, {"type": "AdamW", "params": params})
     run.save(2)
     return outcome
 
 
-def resumed_rates(path: Path, optimizer: dict[str, Any]) -> dict[str, Any]:
-    """After a resume with another rate in the JSON, and in a run whose JSON has a scheduler."""
-    faster = Run(more={"optimizer": optimizer})
-    faster.restore(path, is_verified=True)
+def resumed_settings(path: Path, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """After a resume with another optimizer in the JSON, and in a run whose JSON has a scheduler."""
+    other = Run(more={"optimizer": optimizer})
+    other.restore(path, is_verified=True)
     scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 9, "warmup_type": "linear"}}
     first, then = Run(more={"scheduler": scheduler}), Run(more={"scheduler": scheduler})
     for step in (1, 2):
         first.step(step)
     first.save(2, options.folder / "scheduled")
+    added = message(lambda: then.restore(path, is_verified=True))
     then.restore(options.folder / "scheduled" / commit_name(2), is_verified=True)
-    return {"faster": faster.rates(), "first": first.rates(), "then": then.rates()}
+    return {"other": other.settings(), "first": first.settings(), "then": then.settings(), "added": added}
 
 
 def refuse() -> dict[str, str]:

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from afd.train import checkpoint
-from afd.train.checkpoint import export_student_weights, find_commit, read_student_weights
+from afd.train.checkpoint import find_commit, read_student_weights
 from afd.train.commit import commit_name, persist_files, publish, write_manifest
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
@@ -29,8 +28,6 @@ def trained(folder: Path, launch: Any) -> dict[str, Any]:
     result["folder"] = sorted(entry.name for entry in folder.iterdir())
     newest = folder / commit_name(3)
     result["raw"], result["ema"] = read_student_weights(newest), read_student_weights(newest, average="ema")
-    export_student_weights(newest, folder.parent / "student.safetensors", average="ema")
-    result["exported"] = load_file(folder.parent / "student.safetensors")
     result["files"] = sorted(each.relative_to(newest).as_posix() for each in newest.rglob("*") if each.is_file())
     result["latest"] = (folder / "latest").read_text()
     return result
@@ -89,12 +86,17 @@ def test_used_engines_are_refused(resumed: dict[str, Any]) -> None:
     assert "student engine has already taken 6 steps: resume in a new process" in resumed["whole"]["used"]
 
 
-def test_resumed_run_takes_its_learning_rates_from_the_configuration(resumed: dict[str, Any]) -> None:
+def test_resumed_run_takes_its_optimizer_settings_from_the_configuration(resumed: dict[str, Any]) -> None:
     """What is in the commit may be a scale, a schedule or a JSON of before; only a scheduler goes on."""
-    rates = resumed["rates"]
-    assert rates["faster"] == [0.5, 0.5]
-    assert rates["then"] == rates["first"]
-    assert all(0 < rate < 1 for rate in rates["then"])
+    settings = resumed["settings"]
+    assert settings["other"] == [[0.5, [0.5, 0.6], 0.25]] * 2
+    assert settings["then"] == settings["first"]
+    assert all(0 < rate < 1 for rate, *_ in settings["then"])
+
+
+def test_scheduler_without_a_state_to_go_on_from_is_refused(resumed: dict[str, Any]) -> None:
+    told = resumed["settings"]["added"]
+    assert "was trained with 'scheduler' none in its DeepSpeed JSON, this run's has WarmupLR, which would have" in told
 
 
 def test_other_weights_under_what_is_trained_are_refused(resumed: dict[str, Any]) -> None:
@@ -132,13 +134,12 @@ def test_a_frozen_weight_costs_its_own_size_once() -> None:
 
 
 def test_student_weights_need_no_deepspeed(trained: dict[str, Any]) -> None:
-    raw, ema, exported = trained["raw"], trained["ema"], trained["exported"]
+    raw, ema = trained["raw"], trained["ema"]
     assert set(raw) == {*(f"{n}.{p}" for n in (0, 3, 4) for p in ("weight", "bias")), "scale"}
     assert raw["0.weight"].shape == (7, 4)
     assert raw["0.weight"].dtype == torch.float32
     assert torch.equal(raw["3.weight"], ema["3.weight"])  # frozen: no average of its own
     assert not torch.equal(raw["0.weight"], ema["0.weight"])
-    assert all(torch.equal(exported[name], ema[name]) for name in ema)
 
 
 def test_reading_damaged_or_absent_weights_is_an_error(resumed: dict[str, Any], folder: Path) -> None:
