@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from afd.config import RunConfig, Section
-from afd.config_file import ConfigError, dump_config, load_config
+from afd.config_file import ConfigError, load_config
 from afd.data.integrity import open_dataset
 from afd.data.store import ShardStore
 from afd.distributed import (
@@ -166,7 +166,6 @@ def _train(
 
         tracker: Tracker = NullTracker()
         if world.is_main:
-            (output / "config.yaml").write_text(dump_config(config))
             tracker = _open_tracker(config, plan, ds_student, ds_discriminator, resumed_step)
         try:
             with LiveTeacher(config, is_main=world.is_main):

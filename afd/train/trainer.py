@@ -29,6 +29,7 @@ from afd.stopping import StopRequest, Watchdog
 from afd.tracking import Tracker
 from afd.train.averaging import ParameterAverage
 from afd.train.checkpoint import load_checkpoint, save_checkpoint
+from afd.train.commit import CONFIG
 from afd.train.dmd_objective import dmd_step
 from afd.train.engines import gathered
 from afd.train.gan_objective import gan_step
@@ -110,8 +111,10 @@ class Trainer:
         """
         started = time.perf_counter()
         if resume_from is not None:
-            self._resume(resume_from)
+            self._resume(resume_from)  # may refuse: what is there stays as it is
         first = self.step
+        if self.world.is_main:
+            (self.config.output_dir / CONFIG).write_text(dump_config(self.config))
         try:
             self._train()
         finally:

@@ -57,6 +57,19 @@ def test_run_without_a_discriminator_resumes_exactly(baseline: Any, run: Any, tm
     assert f"holds a run with objective {objective}, not afd" in done.stderr.strip().splitlines()[-1]
 
 
+def test_another_real_score_is_refused_and_the_run_stays_as_it_is(baseline: Any, run: Any) -> None:
+    """Which models a run has is known only when its engines are built."""
+    dmd = baseline("dmd")
+    assert run(dmd.command(num_steps="1")).returncode == 0
+    files = [dmd.output / name for name in ("config.yaml", "metrics.jsonl", "run.json", "evaluation.json")]
+    before = [file.read_bytes() for file in files]
+    other = dmd.knobs | {"dmd.real_score": str(dmd.inputs / "student.safetensors")}
+    done = run(replace(dmd, knobs=other).command(num_steps="2"))
+    assert done.returncode == 2
+    assert "is a checkpoint of another critic" in done.stderr.strip().splitlines()[-1]
+    assert [file.read_bytes() for file in files] == before
+
+
 def test_a_commit_with_a_discriminator_goes_on_without_it(baseline: Any, run: Any) -> None:
     first, then = baseline("afd"), baseline("sft")
     for each, steps in ((first, "1"), (then, "2")):
