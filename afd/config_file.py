@@ -98,6 +98,18 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
+def parse_yaml(text: str) -> Any:
+    """A YAML 1.2 document.
+
+    Raises:
+        ValueError: no valid YAML, or a key twice in a mapping; one line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _read_tree(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a file laid over those of its `base`."""
     if not path.is_file():
@@ -105,9 +117,9 @@ def _read_tree(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"base of {seen[-1]} must not lead back to {path}")
     try:
-        tree = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        tree = parse_yaml(path.read_text()) or {}
+    except ValueError as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path} must hold a mapping of sections, got {type(tree).__name__}")
     base = tree.pop("base", None)
@@ -132,8 +144,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(path):
         raise ConfigError(f"override must read section.field=value, got {override!r}")
     try:
-        value = _as_it_stands(text) if _takes_text(path) else yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
+        value = _as_it_stands(text) if _takes_text(path) else parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"override {key} must have a YAML value, got {text!r}") from error
     node = tree
     for part in path[:-1]:
@@ -158,7 +170,7 @@ def _takes_text(path: Sequence[str]) -> bool:
 
 def _as_it_stands(text: str) -> Any:
     """An override's text, which YAML would cut at ` #` or take for a date or a number; null and quotes are YAML's."""
-    return yaml.load(text, _Loader) if text in ("", "~", "null") or text[0] in "'\"" else text
+    return parse_yaml(text) if text in ("", "~", "null") or text[0] in "'\"" else text
 
 
 def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], *, prefix: str) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from afd.config.section import Section
+from afd.config_file import parse_yaml
 
 REQUEST_NAMES = ("prompt", "seed", "short_prompt", "reference")
 _PLACEHOLDER = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
@@ -163,11 +163,11 @@ def load_spec(path: Path) -> HttpSpec:
         ValueError: missing, no YAML, an unknown or missing field, or a template with an unknown name.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"teacher.http.spec {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(tree).__name__}")
     try:

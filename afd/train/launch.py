@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from afd.argument_parser import ArgumentParser
 from afd.config import RunConfig, Section
 from afd.config_file import ConfigError, load_config
 from afd.data.integrity import open_dataset
@@ -47,9 +48,9 @@ logger = logging.getLogger(__name__)
 USER_ERROR = 2
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Arguments of the training command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="launch/train.py", description="Distil a black-box video teacher into a causal student (AFD)."
     )
     parser.add_argument("--ds_config", "--deepspeed_config", type=Path, default=Path("configs/zero3.json"),
@@ -101,7 +102,13 @@ def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides, output_dir=arguments.output_dir)
     ds_student = load_ds_config(arguments.ds_config)
     ds_discriminator = load_ds_config(config.discriminator.ds_config)
-    plan = plan_run(config, ds_student, ds_discriminator, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_run(
+        config,
+        ds_student,
+        ds_discriminator,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        is_fresh=arguments.fresh,
+    )
     if arguments.resume and not list_commits(config.output_dir / "checkpoints"):
         raise ConfigError(f"--resume: {config.output_dir / 'checkpoints'} must hold a commit, got none")
     RunLock(config.output_dir).check()

@@ -29,7 +29,7 @@ from afd.planning.workload import Workload, build_workload, engine_settings
 from afd.preparation import shard_places
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
 from afd.teachers.physics import heldout_prompts, training_prompts
-from afd.train.commit import commit_bytes
+from afd.train.commit import commit_bytes, list_commits
 from afd.train.ds_config import DSConfig, load_critic_config
 from afd.train.learning_rate import check_lr_owner
 
@@ -70,9 +70,18 @@ class RunPlan:
     memory: Memory
 
 
-def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig, *, world_size: int) -> RunPlan:
+def plan_run(
+    config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig, *, world_size: int, is_fresh: bool = False
+) -> RunPlan:
     """Check a run against its files and resolve its arithmetic; reads headers only, writes nothing.
 
+    Args:
+        config: the run.
+        ds_student: its student's DeepSpeed JSON.
+        ds_discriminator: its discriminator's.
+        world_size: ranks.
+        is_fresh: commits that are there are set aside and stay on the disk; else the run goes on from them and writes
+            in their place.
     Raises:
         ConfigError: the first thing that does not fit.
     """
@@ -117,7 +126,7 @@ def plan_run(config: RunConfig, ds_student: DSConfig, ds_discriminator: DSConfig
         kernels="fused" if torch.cuda.is_available() else "eager",
         critic=(critic_shape(config, shape), engine_settings(ds_configs[2], critic_batch)) if critic_batch else None,
     )
-    _check_disk(config, workload)
+    _check_disk(config, workload, is_fresh=is_fresh)
     memory = plan_memory(workload)
     check_fits(memory, *local_memory(world_size))
     return RunPlan(
@@ -256,13 +265,15 @@ def _commit_bytes(work: Workload) -> int:
     return total
 
 
-def _check_disk(config: RunConfig, work: Workload) -> None:
+def _check_disk(config: RunConfig, work: Workload, *, is_fresh: bool) -> None:
     folder = config.output_dir.resolve()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
         raise ConfigError(f"output_dir {config.output_dir} must be a folder, but {folder} is a file")
-    needed = _DISK_RESERVE_BYTES + (config.checkpoint.keep + 1) * _commit_bytes(work)
+    there = 0 if is_fresh else len(list_commits(config.output_dir / "checkpoints"))
+    more = config.checkpoint.keep + 1 - min(there, config.checkpoint.keep)
+    needed = _DISK_RESERVE_BYTES + more * _commit_bytes(work)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(

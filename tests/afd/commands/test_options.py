@@ -1,12 +1,13 @@
 """Numbers of the command line: taken, or refused with the option's name, what was expected and what came."""
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from afd.argument_parser import ArgumentParser
 from afd.commands.options import non_negative_float, non_negative_int, port, positive_float, positive_int
+from afd.config_file import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -20,15 +21,13 @@ from afd.commands.options import non_negative_float, non_negative_int, port, pos
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(
-    capsys: pytest.CaptureFixture[str], kind: Callable[[str], float], good: dict[str, Any], bad: list[str]
+    kind: Callable[[str], float], good: dict[str, Any], bad: list[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
+    parser = ArgumentParser(prog="afd")
     parser.add_argument("--number", type=kind)
     for text, value in good.items():
         assert parser.parse_args([f"--number={text}"]).number == value
     for text in bad:
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(ConfigError, match=r"^argument --number: must be a") as refusal:
             parser.parse_args([f"--number={text}"])
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert "error: argument --number: must be a" in line
-        assert line.endswith(f"got {text!r}")
+        assert str(refusal.value).endswith(f"got {text!r} (see afd --help)")

@@ -219,6 +219,7 @@ def test_single_question(serve, tmp_path):
         ("auth: {env: K, value: Bearer sk-123}", "auth.value must hold {key}"),
         ("result: {kind: url}", "result.path must say where"),
         ("- 1", "no valid YAML"),
+        ("result: {path: a}\nresult: {path: b}", "no valid YAML: key 'result' appears twice, in lines"),
     ],
 )
 def test_wrong_specs_say_what_is_wrong(tmp_path, changed, problem):

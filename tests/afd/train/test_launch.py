@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from afd.train import launch
+from afd.train import launch, preflight
 from afd.train.commit import LOCK, commit_name
 from afd.train.launch import main
 
@@ -57,6 +57,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str], output: Pa
         ("student.init_from=nowhere.safetensors", "student weights nowhere.safetensors do not exist"),
         ("rollout.steps=[500, 1000]", "steps must be strictly decreasing"),
         ("just words", "override must read section.field=value, got 'just words'"),
+        ("--nosuch=1", "unrecognized arguments: --nosuch=1 (see launch/train.py --help)"),
     ],
 )
 def test_wrong_override_is_one_line(tiny: Any, capsys: pytest.CaptureFixture[str], override: str, message: str) -> None:
@@ -166,6 +167,20 @@ def test_full_disk_is_refused_before_anything_is_written(
     line = refusal(tiny.arguments(), capsys, tiny.output)
     assert "needs about 0.3 GiB, only 0.0 GiB are free" in line
     assert not tiny.output.exists()
+
+
+def test_commits_that_make_room_for_others_are_not_counted_twice(
+    tiny: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**40, 0, 3 * 2**29))
+    monkeypatch.setattr(preflight, "_commit_bytes", lambda work: 2**30)
+    knobs = ["checkpoint.keep=2", "--dry_run"]
+    assert "needs about 3.2 GiB, only 1.5 GiB are free" in refusal(tiny.arguments(*knobs), capsys, tiny.output)
+    for step in (1, 2, 3):
+        (tiny.output / "checkpoints" / commit_name(step)).mkdir(parents=True)
+    assert main(tiny.arguments(*knobs)) == 0
+    assert main(tiny.arguments(*knobs, "--fresh")) == 2
 
 
 def test_dry_run_shows_the_plan_and_touches_nothing(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
