@@ -57,7 +57,7 @@ def write_page(out: Path, preset: Preset, choices: Mapping[tuple[str, str], Any]
         parts += _family(out, preset, cells, family)
     for table in ("ablations", "d_lr", "beyond"):
         parts += _ablated(preset, cells, table)
-    parts += _regime(cells, preset)
+    parts += _regime(out, preset, cells)
     path = out / "study.html"
     text = f"<!doctype html><html lang=en><meta charset=utf-8><title>AFD study</title><style>{_STYLE}</style>"
     path.write_text(text + "\n".join(parts) + "</html>\n")
@@ -111,24 +111,31 @@ def _ablated(preset: Preset, cells: Sequence[Cell], table: str) -> list[str]:
     return parts
 
 
-def _regime(cells: Sequence[Cell], preset: Preset) -> list[str]:
-    """The map: where which method wins, on physics and on general quality."""
+def _regime(out: Path, preset: Preset, cells: Sequence[Cell]) -> list[str]:
+    """The map: where which method wins, on physics and on general quality; also written as `regime_map.png`."""
     lines, methods = regime_lines(cells, preset.regime_methods), preset.regime_methods
     if not lines:
         return []
-    figure = Figure(figsize=(10.5, 0.42 * len(lines) + 1.0), layout="constrained")
+    figure = Figure(figsize=(9.5, 0.36 * len(lines) + 1.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, metric in ((left, TOTALS[0]), (right, TOTALS[1])):
+    for axes, metric, title in ((left, TOTALS[0], "physics"), (right, TOTALS[1], "general quality")):
         grid = np.array([[f[m].values[metric][0] if m in f else math.nan for m in methods] for _, _, f in lines])
-        image = axes.imshow(grid, cmap="RdYlGn", vmin=35, vmax=65, aspect="auto")
-        axes.set_xticks(range(len(methods)), methods)
+        image = axes.imshow(grid, cmap="PRGn", vmin=35, vmax=65, aspect="auto")
+        axes.set_xticks(range(len(methods)), [method.upper() for method in methods])
+        axes.tick_params(length=0)
+        axes.set_frame_on(False)
+        for i in range(1, len(lines)):
+            if lines[i][0] != lines[i - 1][0]:
+                axes.axhline(i - 0.5, color="white", linewidth=3)
         axes.set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value, _ in lines])
-        axes.set_title(metric)
+        axes.set_title(title)
         for (i, j), number in np.ndenumerate(grid):
             if not math.isnan(number):
                 weight = "bold" if number == np.nanmax(grid[i]) else "normal"
-                axes.text(j, i, f"{number:.0f}", ha="center", va="center", weight=weight)
-    figure.colorbar(image, ax=[left, right], label="50 is the base of the same regime")
+                ink = "white" if abs(number - 50) > 8 else "black"
+                axes.text(j, i, f"{number:.0f}", ha="center", va="center", weight=weight, color=ink)
+    figure.colorbar(image, ax=[left, right], label="50 is the base of the same regime", aspect=40)
+    figure.savefig(out / "regime_map.png", dpi=120, metadata={"Software": None})
     note = "A method is tied with the best within one standard error; a regime with one seed has the default's spread."
     head, rows = regime_table(cells, methods)
     parts = ["<h2>Regime map: where which method wins</h2>", _svg(figure), _table(head, rows)]
