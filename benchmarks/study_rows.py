@@ -39,15 +39,21 @@ WORLDS: dict[str, tuple[str, ...]] = {
 videos do; `frame_rate` and `codec` add one fault to that, and the default world adds another renderer."""
 
 FROZEN_POLICY = "averages.old_policy_decay=1"
+_TERMINAL, _FOUR_STEPS = "nft.time_sampling=terminal", "rollout.steps=[1000, 750, 500, 250]"
 ABLATIONS = {
     "frozen D": ("discriminator.lr_scale=0",),
     "off-policy": (FROZEN_POLICY,),
-    "terminal only": ("nft.time_sampling=terminal",),
+    "terminal only": (_TERMINAL,),
     "current policy": ("rollout.policy=current",),
     "plain loss": ("nft.variant=plain",),
     "min-max": ("nft.normalise_by=minmax",),
     "GAN loss for D": ("discriminator.loss=gan",),
+    "four steps": (_FOUR_STEPS,),
+    "four steps terminal only": (_FOUR_STEPS, _TERMINAL),
 }
+"""What is taken from AFD. The last two: credit where the last denoising step is a quarter of them, not half."""
+_OF_ONE_FAMILY = {"four steps": "steps a chunk 4", "four steps terminal only": "steps a chunk 4"}
+"""Label -> the regime whose base student it is compared with."""
 D_LR = {"low": 0.2, "x2": 2.0, "high": 10.0}
 """Multiples of the discriminator's learning rate once the student moves; 1 is the main table's AFD, 0 the frozen D."""
 
@@ -76,7 +82,7 @@ REGIMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "steps a chunk": {
         "1": ("default", ("rollout.steps=[1000]",)),
         "2": ("default", ()),
-        "4": ("default", ("rollout.steps=[1000, 750, 500, 250]",)),
+        "4": ("default", (_FOUR_STEPS,)),
     },
     "roll-out length": {"1 x": ("default", ()), "3 x": ("long", ())},
     "mismatch": {
@@ -258,7 +264,7 @@ def build_rows(
         ("beyond", preset.beyond, BEYOND),
     ):
         for label in labels if table in only else ():
-            in_both = table == "ablations" or label in _IN_BOTH_FAMILIES
+            in_both = (table == "ablations" and label not in _OF_ONE_FAMILY) or label in _IN_BOTH_FAMILIES
             for family in preset.ablated_families if in_both else preset.families[:1]:
                 rows += [_of_afd(table, family, label, seed, overrides_of[label]) for seed in preset.seeds]
     for axis, value in preset.regimes if "regime" in only else ():
@@ -273,7 +279,8 @@ def build_rows(
 
 def _of_afd(table: str, family: str, label: str, seed: int, overrides: tuple[str, ...]) -> Row:
     after = Row("main", family, "sft", "sft", seed).id if label == _AFTER_SFT else None
-    return Row(table, family, "afd", label, seed, overrides=overrides, after=after)
+    cell = _OF_ONE_FAMILY.get(label, "default")
+    return Row(table, family, "afd", label, seed, overrides=overrides, cell=cell, after=after)
 
 
 def settings_of(row: Row, overrides: list[str]) -> str:

@@ -45,6 +45,9 @@ def test_the_paper_preset_holds_what_was_asked_for(parts: Any) -> None:
     assert preset.search_prompts + preset.validation_prompts == 200
     assert len(preset.seeds) >= 3
     assert {row.label for row in rows if row.table == "d_lr"} == {"low", "x2", "high"}, "0 is the ablation's frozen D"
+    of_four = [row for row in rows if row.label.startswith("four steps")]
+    assert {(row.family, row.cell) for row in of_four} == {("chunk_wise", "steps a chunk 4")}
+    assert ("base", "steps a chunk 4") in {(row.method, row.cell) for row in rows}, "what they are compared with"
     assert len(preset.averages) > 1, "a slow average hides what a student learned last"
     searched = {(row.family, row.method) for row in parts.study_rows.search_rows(preset, rows)}
     assert searched == {(row.family, row.method) for row in main if row.method != "base"}, "one budget for all"
