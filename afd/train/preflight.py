@@ -107,13 +107,7 @@ def plan_run(
     _check_zero(ds_student, *ds_configs[2:])
     check_lr_owner(config, ds_student, ds_discriminator)
     _check_objective(config, shape)
-    if config.nft.baseline == "group" and config.rollout.group_size == 1:
-        raise ConfigError(
-            "rollout.group_size must be > 1 with nft.baseline = group (or take nft.baseline=batch), got 1"
-        )
-    for folder, remote in shard_places(config) if config.teacher.kind != "physics" else ():
-        if remote is None and not (folder / "index.json").is_file():
-            raise ConfigError(f"shard folder {folder} must hold index.json, which is missing (write one: afd prepare)")
+    _check_shards(config)
     workload = build_workload(
         config,
         shape,
@@ -198,6 +192,12 @@ def _check_teacher(config: RunConfig, rollouts: int) -> None:
         raise ConfigError(str(error)) from error
 
 
+def _check_shards(config: RunConfig) -> None:
+    for folder, remote in shard_places(config) if config.teacher.kind != "physics" else ():
+        if remote is None and not (folder / "index.json").is_file():
+            raise ConfigError(f"shard folder {folder} must hold index.json, which is missing (write one: afd prepare)")
+
+
 def local_memory(world_size: int) -> tuple[int, str]:
     """Bytes that this rank may allocate, and where: its GPU's, or its share of the machine's memory."""
     if torch.cuda.is_available():
@@ -210,7 +210,11 @@ def local_memory(world_size: int) -> tuple[int, str]:
 
 
 def _check_objective(config: RunConfig, shape: StudentShape) -> None:
-    """What the baselines need beyond AFD's inputs, and a VLM discriminator beyond latents."""
+    """What an objective and its discriminator need beyond latents: groups, a score, no gradient through a decoder."""
+    if config.nft.baseline == "group" and config.rollout.group_size == 1:
+        raise ConfigError(
+            "rollout.group_size must be > 1 with nft.baseline = group (or take nft.baseline=batch), got 1"
+        )
     if config.has_discriminator and config.discriminator.kind == "vlm":
         if config.objective == "gan":
             raise ConfigError(
