@@ -105,6 +105,21 @@ def test_no_text_names_a_path_of_one_machine():
     assert not found
 
 
+def test_links_between_pages_lead_somewhere():
+    """Files, and headings by the anchors that GitHub gives them."""
+    lost = []
+    for page in (path for path in repository_texts() if path.suffix == ".md"):
+        for name, _, anchor in re.findall(r"\]\(([^)#\s]*)(#([^)\s]*))?\)", page.read_text()):
+            target = page.parent / name if name else page
+            if re.match(r"[a-z]+:", name):
+                continue
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if anchor and target.is_file() else []
+            anchors = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            if not target.exists() or (anchor and anchor not in anchors):
+                lost.append(f"{page.relative_to(ROOT)}: {name}#{anchor}")
+    assert not lost
+
+
 def test_import_afd_stays_light():
     program = f"""
 import importlib, pkgutil, sys
