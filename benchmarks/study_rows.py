@@ -72,7 +72,7 @@ BEYOND = {
     _AFTER_SFT: (),
 }
 """What could make AFD better and is not in the paper."""
-_IN_BOTH_FAMILIES = (_AFTER_SFT, "clip 2", "clip 1")
+_IN_BOTH_FAMILIES = (_AFTER_SFT, "clip 2", "clip 1", "groups of 16")
 
 STUDY_KEYS = ("learning_rate", "budget")
 """Overrides that the study reads itself (`Row.own`): the student's rate, and a multiple of the search's updates."""
