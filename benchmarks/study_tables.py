@@ -126,7 +126,9 @@ def regime_lines(cells: Sequence[Cell], methods: Sequence[str]) -> list[tuple[st
             found = {name: find(cells, table, "chunk_wise", name, cell) for name in ("base", *methods)}
             present = {name: each for name, each in found.items() if each is not None}
             others = [key for key, other in values.items() if other != ("default", ())]
-            has_axis = any(find(cells, "regime", "chunk_wise", "base", f"{axis} {key}") for key in others)
+            has_axis = any(
+                find(cells, "regime", "chunk_wise", name, f"{axis} {key}") for key in others for name in methods
+            )
             if len(present) > 1 and has_axis:
                 lines.append((axis, value, present))
     return lines
