@@ -52,8 +52,8 @@ ABLATIONS = {
     "four steps terminal only": (_FOUR_STEPS, _TERMINAL),
 }
 """What is taken from AFD. The last two: credit where the last denoising step is a quarter of them, not half."""
-_OF_ONE_FAMILY = {"four steps": "steps a chunk 4", "four steps terminal only": "steps a chunk 4"}
-"""Label -> the regime whose base student it is compared with."""
+_CELL_OF = {"four steps": "steps a chunk 4", "four steps terminal only": "steps a chunk 4"}
+"""Label -> the regime whose base student it is compared with, of the first family; the others' is the default."""
 D_LR = {"low": 0.2, "x2": 2.0, "high": 10.0}
 """Multiples of the discriminator's learning rate once the student moves; 1 is the main table's AFD, 0 the frozen D."""
 
@@ -264,7 +264,7 @@ def build_rows(
         ("beyond", preset.beyond, BEYOND),
     ):
         for label in labels if table in only else ():
-            in_both = (table == "ablations" and label not in _OF_ONE_FAMILY) or label in _IN_BOTH_FAMILIES
+            in_both = label not in _CELL_OF if table == "ablations" else label in _IN_BOTH_FAMILIES
             for family in preset.ablated_families if in_both else preset.families[:1]:
                 rows += [_of_afd(table, family, label, seed, overrides_of[label]) for seed in preset.seeds]
     for axis, value in preset.regimes if "regime" in only else ():
@@ -279,7 +279,7 @@ def build_rows(
 
 def _of_afd(table: str, family: str, label: str, seed: int, overrides: tuple[str, ...]) -> Row:
     after = Row("main", family, "sft", "sft", seed).id if label == _AFTER_SFT else None
-    cell = _OF_ONE_FAMILY.get(label, "default")
+    cell = _CELL_OF.get(label, "default")
     return Row(table, family, "afd", label, seed, overrides=overrides, cell=cell, after=after)
 
 

@@ -33,8 +33,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from afd.evaluation.heldout import HeldoutEvaluator, without_nan
     from afd.evaluation.metric_facts import terminal_table
     from afd.models.encoders import load_codec
+    from afd.models.weights.sources import CONFIG
     from afd.preparation import shard_places
-    from afd.train.commit import CONFIG
     from afd.train.restore import load_commit, resolve_commit
 
     commit = resolve_commit(arguments.checkpoint).resolve()

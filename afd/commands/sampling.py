@@ -140,7 +140,7 @@ def _load(arguments: argparse.Namespace, num_images: int, device: torch.device) 
         _check(arguments, config, shape, num_images)
         student = load_student(path, config=given, dtype=getattr(torch, arguments.dtype))
     else:
-        from afd.train.commit import CONFIG, STUDENT_WEIGHTS
+        from afd.models.weights.sources import CONFIG, STUDENT_WEIGHTS
         from afd.train.restore import load_commit, resolve_commit
 
         if arguments.config:

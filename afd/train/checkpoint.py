@@ -22,11 +22,10 @@ from torch import Tensor
 
 from afd.distributed import barrier, broadcast_object, gather_objects, world_rank, world_size
 from afd.models.lora import is_old_adapter
+from afd.models.weights.sources import CONFIG, STUDENT_WEIGHTS
 from afd.train.averaging import ParameterAverage
-from afd.train.checkpoint_fit import FORMAT, check_fits, has_frozen, model_record
+from afd.train.checkpoint_fit import FORMAT, check_fits, model_record
 from afd.train.commit import (
-    CONFIG,
-    STUDENT_WEIGHTS,
     commit_bytes,
     commit_name,
     commit_problems,
@@ -41,7 +40,7 @@ from afd.train.commit import (
     write_durably,
     write_manifest,
 )
-from afd.train.engines import Engine, bare_module, consolidated_weights
+from afd.train.engines import Engine, bare_module, consolidated_weights, has_frozen
 from afd.train.frozen_weights import frozen_digests, frozen_problem
 from afd.train.rank_state import check_plain, random_state, restore_random_state
 

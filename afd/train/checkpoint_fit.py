@@ -7,8 +7,8 @@ from typing import Any
 
 from afd.distributed import world_size
 from afd.models.lora import is_old_adapter
+from afd.models.weights.sources import STUDENT_WEIGHTS
 from afd.train.averaging import ParameterAverage
-from afd.train.commit import STUDENT_WEIGHTS
 from afd.train.engines import Engine, bare_module, zero_stage
 
 FORMAT = 1
@@ -62,11 +62,6 @@ def check_fits(
             f"{commit} was written by {manifest['world_size']} ranks, this run has {world_size()}: start with "
             f"{manifest['world_size']} ranks, or begin a new run from its {STUDENT_WEIGHTS} (weights only)"
         )
-
-
-def has_frozen(engine: Engine) -> bool:
-    """Whether some of the model's parameters are not trained."""
-    return any(not parameter.requires_grad for parameter in bare_module(engine).parameters())
 
 
 def model_record(engine: Engine) -> dict[str, Any]:

@@ -20,13 +20,11 @@ from types import TracebackType
 from typing import Any
 
 from afd.distributed import broadcast_object, world_rank
+from afd.models.weights.sources import LATEST
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
-LATEST = "latest"
-CONFIG = "config.yaml"
-STUDENT_WEIGHTS = "student.safetensors"
 LOCK = ".run.lock"
 PICKLES = (".pt", ".pth", ".bin", ".pkl")
 _COMMIT = re.compile(r"step_(\d{8,})")

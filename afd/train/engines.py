@@ -164,6 +164,11 @@ def bare_module(owner: Engine | nn.Module) -> nn.Module:
     return module
 
 
+def has_frozen(engine: Engine) -> bool:
+    """Whether some of the model's parameters are not trained."""
+    return any(not parameter.requires_grad for parameter in bare_module(engine).parameters())
+
+
 @contextmanager
 def gathered(engine: Engine) -> Iterator[Any]:
     """Gather all parameters once and run the bare module without ZeRO-3's hooks, for rollouts.

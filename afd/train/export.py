@@ -15,9 +15,9 @@ from afd.models.weights.adapters import merge_adapters, split_adapters
 from afd.models.weights.exporting import check_empty, export_adapter, export_diffusers, export_original
 from afd.models.weights.loading import StudentFile, open_student
 from afd.models.weights.shapes import resolve_shape
-from afd.models.weights.sources import LazyTensor, WeightSource, Which, open_source
+from afd.models.weights.sources import CONFIG, STUDENT_WEIGHTS, LazyTensor, WeightSource, Which, open_source
 from afd.models.weights.streaming import write_tensors
-from afd.train.commit import CONFIG, STUDENT_WEIGHTS, file_sha256, read_manifest
+from afd.train.commit import file_sha256, read_manifest
 from afd.train.model_card import write_card
 from afd.train.restore import resolve_commit
 

@@ -8,9 +8,10 @@ from afd.config import RunConfig
 from afd.config_file import ConfigError, load_config
 from afd.models.student import CausalStudent
 from afd.models.weights import check_names_and_shapes, stored_shape
+from afd.models.weights.sources import CONFIG, STUDENT_WEIGHTS
 from afd.train.builders import prepare_student
 from afd.train.checkpoint import read_student_weights
-from afd.train.commit import CONFIG, STUDENT_WEIGHTS, list_commits, read_manifest
+from afd.train.commit import list_commits, read_manifest
 from afd.train.preflight import RunPlan
 
 

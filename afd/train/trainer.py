@@ -24,12 +24,12 @@ from afd.evaluation.report import build_report
 from afd.evaluation.samples import write_samples
 from afd.live import build_train_loader
 from afd.models.encoders import VideoCodec
+from afd.models.weights.sources import CONFIG
 from afd.preparation import shard_places
 from afd.stopping import StopRequest, Watchdog
 from afd.tracking import Tracker
 from afd.train.averaging import ParameterAverage
 from afd.train.checkpoint import load_checkpoint, save_checkpoint
-from afd.train.commit import CONFIG
 from afd.train.dmd_objective import dmd_step
 from afd.train.engines import gathered
 from afd.train.gan_objective import gan_step

@@ -22,8 +22,8 @@ from afd.config_file import load_config
 from afd.models.weights.names import bare_name, diffusers_name, is_ignored
 
 Which = Literal["average", "raw"]
-STUDENT_FILE = "student.safetensors"
-COMMIT_CONFIG = "config.yaml"
+STUDENT_WEIGHTS = "student.safetensors"
+CONFIG = "config.yaml"
 LATEST = "latest"
 STUDENT_FACTS = "afd_student.json"
 # How safetensors names dtypes that weights come in.
@@ -103,8 +103,8 @@ def _open_folder(folder: Path, which: Which) -> WeightSource:
     for commits in (folder, folder / "checkpoints"):
         if (commits / LATEST).is_file():
             return _open_folder(commits / (commits / LATEST).read_text().strip(), which)
-    if (folder / STUDENT_FILE).is_file():
-        return _open_commit(folder, which) if (folder / COMMIT_CONFIG).is_file() else open_source(folder / STUDENT_FILE)
+    if (folder / STUDENT_WEIGHTS).is_file():
+        return _open_commit(folder, which) if (folder / CONFIG).is_file() else open_source(folder / STUDENT_WEIGHTS)
     if (folder / "adapter_config.json").is_file():
         return _open_adapter(folder)
     if (folder / "transformer" / "config.json").is_file() and not (folder / "config.json").is_file():
@@ -119,14 +119,14 @@ def _open_folder(folder: Path, which: Which) -> WeightSource:
 
 
 def _open_commit(folder: Path, which: Which) -> WeightSource:
-    raw = _open_safetensors(folder / STUDENT_FILE)
+    raw = _open_safetensors(folder / STUDENT_WEIGHTS)
     tensors = dict(raw.tensors)
     average = folder / "averages" / "ema.safetensors"
     if which == "average":
         if not average.is_file():
             raise ValueError(f"commit {folder} must hold averages/ema.safetensors, or take init_weights: raw")
         tensors.update(_open_safetensors(average).tensors)
-    lora = load_config(folder / COMMIT_CONFIG).student.lora
+    lora = load_config(folder / CONFIG).student.lora
     return WeightSource(f"commit {folder}", tensors, raw.facts, lora.alpha if lora.rank else None)
 
 
