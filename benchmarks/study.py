@@ -79,6 +79,7 @@ def main() -> int:
     if arguments.dry_run:
         return 0
     study.out.mkdir(parents=True, exist_ok=True)
+    _load_shared_modules()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: study.stop_children())
     try:
@@ -125,6 +126,15 @@ def _names_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
         return names
 
     return parse
+
+
+def _load_shared_modules() -> None:
+    """Load what rows need in this process before there are threads: two that import a lazy package at once can find
+    half of it (`cannot import name 'AutoTokenizer'`)."""
+    import transformers
+
+    for name in ("AutoTokenizer", "UMT5EncoderModel"):
+        getattr(transformers, name)
 
 
 def _devices(jobs: int | None) -> list[int | None]:
