@@ -186,10 +186,10 @@ class Runner:
         self.study.choices = {key: choice for key, (_, choice) in best.items()}
 
     def run(self, rows: list[Row]) -> None:
-        """All rows, table by table, because later ones may go on from earlier ones."""
-        for table in dict.fromkeys(row.table for row in rows):
-            chosen = [row for row in rows if row.table == table]
-            self._work(chosen, self.study.out / "rows.csv", self._study_row, label=table)
+        """All rows; those that go on from another one's student come last."""
+        for label, go_on in (("rows", False), ("rows that go on from others", True)):
+            chosen = [row for row in rows if (row.after is not None) is go_on]
+            self._work(chosen, self.study.out / "rows.csv", self._study_row, label=label)
 
     def left(self, rows: Sequence[Row], path: Path) -> list[Row]:
         """The rows that `path` does not hold."""
@@ -236,7 +236,7 @@ class Runner:
                 raise error
             elif error is None and not self.study.stop.is_set():
                 left = self.clock.left(list(pending.values()), len(self.devices))
-                print(f"{row.id} is done; {len(pending)} rows of this table left, about {left}", flush=True)
+                print(f"{row.id} is done; {len(pending)} rows left, about {left}", flush=True)
 
     def _search_row(self, row: Row, path: Path, gpu: int | None) -> None:
         plan = self._plan(row)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study_rows import REGIMES, Preset
+from study_rows import PRESETS, REGIMES, Preset, build_rows
 from study_scores import ERRORS, METRICS, MOTION, QUALITY, SHARES, TOTALS, totals
 
 _WRITING = threading.Lock()
@@ -79,7 +79,8 @@ class Cell:
 
 
 def collect(out: Path) -> list[Cell]:
-    """Newest row of every id, averaged over seeds; totals are against the base row of the same family and cell."""
+    """Newest row of every id, averaged over seeds; totals are against the base row of the same family and cell. In the
+    order in which the paper's preset lists them, whichever finished first."""
     records = list({record["id"]: record for record in read_rows(out / "rows.csv")}.values())
     teachers = {record["world"]: _numbers(record) for record in read_rows(out / "teachers.csv")}
     bases = {(r["family"], r["cell"]): _numbers(r) for r in records if r["method"] == "base"}
@@ -90,9 +91,11 @@ def collect(out: Path) -> list[Cell]:
             values |= totals(values, base, teachers[record["world"]])
         key = (record["table"], record["family"], record["label"], record["cell"], record["method"])
         groups.setdefault(key, []).append(values)
+    lines = dict.fromkeys((row.table, row.family, row.label, row.cell) for row in build_rows(PRESETS["paper"]))
+    rank = {line: number for number, line in enumerate(lines)}
     return [
-        Cell(table, family, label, cell, method, _averaged(rows))
-        for (table, family, label, cell, method), rows in groups.items()
+        Cell(table, family, label, cell, method, _averaged(groups[table, family, label, cell, method]))
+        for table, family, label, cell, method in sorted(groups, key=lambda key: rank.get(key[:4], len(rank)))
     ]
 
 

@@ -144,7 +144,19 @@ def _import_deepspeed() -> Any:
 
     if on_cpu:
         deepspeed.ops.__compatible_ops__[SHM_COMM_OP] = False
+        _import_muon_uncompiled()
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Every engine imports Muon, whose functions are compiled by a decorator that loads inductor: two seconds."""
+    from deepspeed.runtime import compiler
+
+    compile_later, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_later
 
 
 def is_engine(candidate: Engine | nn.Module) -> bool:

@@ -215,7 +215,7 @@ def test_a_stopped_study_goes_on_and_ends_in_tables_and_a_page(tmp_path: Path) -
     text, _ = second.communicate(timeout=480)
     assert second.returncode == 0, text
     assert "search: 1 of 1 rows are there already" in text
-    assert "main: 1 of 2 rows are there already" in text
+    assert "rows: 1 of 2 rows are there already" in text
     assert rows.read_text().startswith(before), "a finished row is not run again"
     base, afd = csv.DictReader(rows.read_text().splitlines())
     looks = list(csv.DictReader((tmp_path / "search.csv").open()))
