@@ -46,7 +46,7 @@ from study_runs import (  # noqa: E402
 )
 from study_scores import METRICS, TOTALS, preference  # noqa: E402
 from study_tables import append_rows, read_rows, write_tables  # noqa: E402
-from study_time import Clock  # noqa: E402
+from study_time import PASS_S, Clock, pass_seconds  # noqa: E402
 
 from afd.commands.options import positive_int  # noqa: E402 (the path first)
 
@@ -74,7 +74,9 @@ def main() -> int:
         )
         return 2
     searches = search_rows(preset, rows)
-    runner = Runner(study, devices=_devices(arguments.jobs), clock=Clock(preset))
+    devices = _devices(arguments.jobs)
+    slowness = pass_seconds("cpu" if devices[0] is None else "cuda") / PASS_S
+    runner = Runner(study, devices=devices, clock=Clock(preset, slowness=slowness))
     runner.announce(searches, rows, in_full=arguments.dry_run)
     if arguments.dry_run:
         return 0

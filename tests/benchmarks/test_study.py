@@ -156,6 +156,13 @@ def test_estimates_follow_what_rows_took(parts: Any) -> None:
     assert parts.study_time.in_words(600) == "10 min"
 
 
+def test_estimates_are_longer_on_a_slower_machine(parts: Any) -> None:
+    times, row = parts.study_time, parts.study_rows.Row("main", "chunk_wise", "afd", "afd", 0)
+    here, slower = (times.Clock(parts.study_rows.PRESETS["paper"], slowness=each).seconds(row) for each in (1, 3))
+    assert slower - times.START_S == pytest.approx(3 * (here - times.START_S))
+    assert times.pass_seconds("cpu") > 0
+
+
 def start(out: Path) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(FOLDER / "study.py"), "--preset", "micro", "--out", str(out), "--jobs", "1"]
