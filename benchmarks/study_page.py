@@ -134,7 +134,7 @@ def _regime(out: Path, preset: Preset, cells: Sequence[Cell]) -> list[str]:
                 weight = "bold" if number == np.nanmax(grid[i]) else "normal"
                 ink = "white" if abs(number - 50) > 8 else "black"
                 axes.text(j, i, f"{number:.0f}", ha="center", va="center", weight=weight, color=ink)
-    figure.colorbar(image, ax=[left, right], label="50 is the base of the same regime", aspect=40)
+    figure.colorbar(image, ax=[left, right], label="its base: 50", aspect=40)
     figure.savefig(out / "regime_map.png", dpi=120, metadata={"Software": None})
     note = "A method is tied with the best within one standard error; a regime with one seed has the default's spread."
     head, rows = regime_table(cells, methods)
