@@ -158,6 +158,7 @@ result = {
     "pair": adversarial_pair(),
     "bf16": bf16_losses(),
     "configs": shipped_configs_parse(),
+    "has_loaded_the_compiler": "torch._inductor.compile_fx" in sys.modules,
 }
 if world.is_main:
     options.result.write_text(json.dumps(result))

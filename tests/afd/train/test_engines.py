@@ -67,6 +67,10 @@ def test_shipped_configs_pass_deepspeeds_own_parser(measured: dict[str, Any]) ->
     assert {"zero3.json", "zero2_discriminator.json", "zero3_h100.json"} <= set(measured["configs"])
 
 
+def test_engines_on_a_cpu_do_not_load_the_compiler(measured: dict[str, Any]) -> None:
+    assert measured["has_loaded_the_compiler"] is False  # two seconds of a start
+
+
 def test_shipped_configs_fit_one_and_two_ranks() -> None:
     for name in ("zero3.json", "zero2_discriminator.json"):
         for world_size in (1, 2):
