@@ -93,6 +93,8 @@ class DiscriminatorSection(Section):
     """DeepSpeed JSON of its engine."""
     warmup_steps: NonNegative = 60
     """Discriminator-only steps before the student moves, on the base student's rollouts."""
+    warmup_updates: Positive = 1
+    """Discriminator updates per warm-up step: the student stands still, so its rollouts do not age."""
     lr_scale: Annotated[float, Field(ge=0)] = 1.0
     """Multiplies the JSON's learning rate once the student moves; 0 freezes D after its warm-up (a stale D)."""
     lr_schedule: LRSchedule = LRSchedule()

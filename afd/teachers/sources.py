@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from afd.config import RunConfig
@@ -99,7 +102,7 @@ class GeneratedSource:
     """A source of a teacher that answers at once and in memory: the built-in world.
 
     Args:
-        generator: the teacher.
+        generator: the teacher; several threads ask it at a time.
         requests: what to ask it, in order.
         teacher, version: as in `SourceVideo`.
     """
@@ -109,9 +112,20 @@ class GeneratedSource:
         self.teacher, self.version = teacher, version
 
     def videos(self, wanted: Callable[[VideoRequest], bool] = accept_all) -> Iterator[SourceVideo | SourceReject]:
-        """Ask for each wanted request when it is its turn."""
-        for request in self._requests:
-            if not wanted(request):
-                continue
-            finished = self._generator.generate(request.prompt, request.seed)
-            yield request.video(teacher=self.teacher, version=self.version, data=finished.mp4)
+        """The wanted requests' videos in order, a few made ahead of their turn."""
+        num_threads = len(os.sched_getaffinity(0))
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="teacher")
+        pending: deque[Future[SourceVideo]] = deque()
+        try:
+            for request in filter(wanted, self._requests):
+                pending.append(pool.submit(self._make, request))
+                if len(pending) > num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _make(self, request: VideoRequest) -> SourceVideo:
+        finished = self._generator.generate(request.prompt, request.seed)
+        return request.video(teacher=self.teacher, version=self.version, data=finished.mp4)

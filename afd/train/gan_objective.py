@@ -15,9 +15,8 @@ from afd.diffusion.losses import bradley_terry_loss, non_saturating_loss
 from afd.distributed import World, seeded_generator
 from afd.models.clip_windows import draw_windows
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
-from afd.train.discriminator_update import update_discriminator
 from afd.train.engines import bare_module, gathered
-from afd.train.objectives import DISCRIMINATOR, EXIT, REPLAY, Roles, StepTimer, roll_out, sample_generators
+from afd.train.objectives import DISCRIMINATOR, EXIT, Roles, StepTimer, roll_out, sample_generators, train_discriminator
 from afd.train.student_step import step_student
 from afd.types import VideoBatch
 
@@ -126,12 +125,8 @@ def gan_step(
     times = truncated(sampler_times(config.rollout), (config.seed, EXIT, step))
     with timer.phase("rollout"):
         x_s, noise = roll_out(roles, teacher, config, step, world=world, times=times, policy="current")
-    metrics: dict[str, Tensor] = {}
     with timer.phase("discriminator"):
-        pairs = roles.replay.mix(teacher, x_s, seed=(config.seed, REPLAY, step))
-        for repeat in range(section.steps_per_student_step):
-            generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, repeat)
-            metrics |= update_discriminator(judge, *pairs, section, generators)
+        metrics = train_discriminator(roles, teacher, x_s, config, step, num_updates=section.steps_per_student_step)
     real = teacher.latents.repeat_interleave(group_size, dim=0)
     generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, -1)
     blur = torch.stack([torch.randn((2, *real.shape[1:]), generator=g) for g in generators]).to(real)

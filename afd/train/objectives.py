@@ -131,18 +131,29 @@ def weigh(scores: Tensor, config: RunConfig, *, world: World) -> tuple[Tensor, d
     return weight[start : start + scores.numel()], metrics
 
 
+def train_discriminator(
+    roles: Roles, teacher: VideoBatch, rollout: Rollout, config: RunConfig, step: int, *, num_updates: int
+) -> dict[str, Tensor]:
+    """Updates on a step's clips as the discriminator's view shows them, each with its own noise and replayed pairs."""
+    assert roles.discriminator is not None
+    metrics: dict[str, Tensor] = {}
+    for repeat in range(num_updates):
+        generators = sample_generators(teacher, config.rollout.group_size, config.seed, DISCRIMINATOR, step, repeat)
+        pairs = roles.replay.mix(teacher, rollout, seed=(config.seed, REPLAY, step, repeat))
+        metrics = update_discriminator(roles.discriminator, *pairs, config.discriminator, generators)
+    roles.replay.remember(teacher, rollout)
+    return metrics
+
+
 def warmup_step(
     roles: Roles, teacher: VideoBatch, config: RunConfig, step: int, *, world: World, timer: StepTimer
 ) -> dict[str, Tensor]:
     """Discriminator only: the student does not move until D has something to say."""
-    discriminator = roles.discriminator
-    assert discriminator is not None
     with timer.phase("rollout"):
         x_s, _ = roll_out(roles, teacher, config, step, world=world)
     with timer.phase("discriminator"):
-        generators = sample_generators(teacher, config.rollout.group_size, config.seed, DISCRIMINATOR, step)
-        pairs = roles.replay.mix(*show(roles.view, teacher, x_s), seed=(config.seed, REPLAY, step))
-        return update_discriminator(discriminator, *pairs, config.discriminator, generators)
+        seen = show(roles.view, teacher, x_s)
+        return train_discriminator(roles, *seen, config, step, num_updates=config.discriminator.warmup_updates)
 
 
 def lagging_velocities(
@@ -185,13 +196,10 @@ def afd_step(
     assert discriminator is not None
     with timer.phase("rollout"):
         x_s, _ = roll_out(roles, teacher, config, step, world=world)  # (2)
-    metrics: dict[str, Tensor] = {}
     with timer.phase("discriminator"):
         seen = show(roles.view, teacher, x_s)
-        pairs = roles.replay.mix(*seen, seed=(config.seed, REPLAY, step))
-        for repeat in range(config.discriminator.steps_per_student_step):  # (3)
-            generators = sample_generators(teacher, group_size, config.seed, DISCRIMINATOR, step, repeat)
-            metrics |= update_discriminator(discriminator, *pairs, config.discriminator, generators)
+        num_updates = config.discriminator.steps_per_student_step
+        metrics = train_discriminator(roles, *seen, config, step, num_updates=num_updates)  # (3)
     with timer.phase("score"):
         scores = score(discriminator, seen[1].latents, seen[1].prompt_embeds)
         w, weight_metrics = weigh(scores, config, world=world)  # (4)

@@ -29,12 +29,12 @@ class RolloutReplay:
         self._steps: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=num_steps)
 
     def mix(self, teacher: VideoBatch, rollout: Rollout, *, seed: tuple[int, ...]) -> tuple[VideoBatch, Rollout]:
-        """Pairs for the discriminator: this step's, a share of them replaced by earlier ones; then remember this step.
+        """Pairs for one update of the discriminator: this step's, a share of them replaced by remembered ones.
 
         Args:
             teacher: B prompts.
             rollout: N = B G rollouts.
-            seed: of this step's choices.
+            seed: of this update's choices.
         Returns:
             N rows (G = 1) of teacher clips and rollouts, or the arguments where nothing is replayed.
         """
@@ -52,10 +52,15 @@ class RolloutReplay:
                     for target, source in zip(mixed, earlier, strict=True):
                         target[row] = source[row * len(source) // len(target)]  # its own, or its group's
         real, fake, prompt = mixed
-        once = rollout.prompt_embeds[::group_size].contiguous()  # a strided view would keep, and save, every row
-        self._steps.append((teacher.latents.cpu(), rollout.latents.cpu(), once.cpu()))
         every_row = VideoBatch(rollout.sample_ids, (), real, prompt)
         return every_row, Rollout(fake, prompt, rollout.group_ids, rollout.sample_ids)
+
+    def remember(self, teacher: VideoBatch, rollout: Rollout) -> None:
+        """Keep a step's B teacher clips and N rollouts for later ones, where anything is ever replayed."""
+        if self.share > 0:
+            group_size = len(rollout.latents) // len(teacher.latents)
+            once = rollout.prompt_embeds[::group_size].contiguous()  # a strided view would keep, and save, every row
+            self._steps.append((teacher.latents.cpu(), rollout.latents.cpu(), once.cpu()))
 
     def state_dict(self) -> list[list[Tensor]]:
         """Everything remembered, oldest first."""

@@ -91,6 +91,7 @@ def train(*overrides: str, stages: tuple[int, int] = (3, 2)) -> dict[str, Any]:
         "changed": sorted(name for name in changed if changed[name]),
         "kept": sorted(name for name in changed if not changed[name]),
         "student_steps": roles.student.global_steps,
+        "discriminator_steps": roles.discriminator.global_steps if roles.discriminator is not None else 0,
         "weights": {name: each.flatten()[:5].tolist() for name, each in after.items()},
     }
 
@@ -318,7 +319,9 @@ result: dict[str, Any] = {
     "current": train("rollout.policy=current"),
     "plain": train("nft.variant=plain"),
     "stage 3 + stage 3": train(stages=(3, 3)),
-    "two updates": train("nft.updates_per_rollout=2", "discriminator.steps_per_student_step=2"),
+    "two updates": train(
+        "nft.updates_per_rollout=2", "discriminator.steps_per_student_step=2", "discriminator.warmup_updates=3"
+    ),
     "watched D": train(
         "discriminator.replay_share=0.5",
         "discriminator.r1_weight=0.1",

@@ -134,7 +134,7 @@ def test_clips_of_a_pair_share_windows_whatever_the_micro_batch() -> None:
 def test_replay_pairs_earlier_rollouts_with_their_own_teacher_clips() -> None:
     replay = RolloutReplay(num_steps=2, share=0.5)
     teachers: dict[bytes, bytes] = {}
-    seen_old = 0
+    seen_old = differs = 0
     for step in range(6):
         teacher, rollout = make_batch(first=10 * step)
         for clip, fake in zip(teacher.latents.repeat_interleave(2, dim=0), rollout.latents, strict=True):
@@ -143,9 +143,13 @@ def test_replay_pairs_earlier_rollouts_with_their_own_teacher_clips() -> None:
         for row, (clip, fake) in enumerate(zip(pairs.latents, mixed.latents, strict=True)):
             assert teachers[fake.numpy().tobytes()] == clip.numpy().tobytes()
             seen_old += not torch.equal(fake, rollout.latents[row])
+        again, _ = replay.mix(teacher, rollout, seed=(0, step, 1))
+        differs += not torch.equal(again.latents, pairs.latents)
+        replay.remember(teacher, rollout)
         if step == 0:
             assert torch.equal(mixed.latents, rollout.latents), "nothing to replay yet"
     assert 4 <= seen_old <= 16, "about half of 20 rows"
+    assert differs > 2, "each update of a step has replayed pairs of its own"
     assert len(replay.state_dict()) == 2
 
 
@@ -159,6 +163,7 @@ def test_replay_keeps_a_groups_teacher_clip_and_prompt_once_bit_for_bit() -> Non
         for fake, embed in zip(rollout.latents, embeds, strict=True):
             prompts[fake.numpy().tobytes()] = embed.numpy().tobytes()
         _, mixed = replay.mix(teacher, rollout, seed=(0, step))
+        replay.remember(teacher, rollout)
         for fake, embed in zip(mixed.latents, mixed.prompt_embeds, strict=True):
             assert prompts[fake.numpy().tobytes()] == embed.numpy().tobytes()
     state = replay.state_dict()
@@ -179,7 +184,7 @@ def test_replay_keeps_a_groups_teacher_clip_and_prompt_once_bit_for_bit() -> Non
 def test_replay_goes_on_from_its_state() -> None:
     first, second = (RolloutReplay(num_steps=3, share=0.9) for _ in range(2))
     for step in range(3):
-        first.mix(*make_batch(first=10 * step), seed=(0, step))
+        first.remember(*make_batch(first=10 * step))
     second.load_state_dict(first.state_dict())
     a, b = (each.mix(*make_batch(first=50), seed=(0, 9))[1].latents for each in (first, second))
     assert torch.equal(a, b)

@@ -90,6 +90,11 @@ def test_two_updates_per_rollout_are_two_optimizer_steps(one: dict[str, Any]) ->
     assert one["two updates"]["student_steps"] == 6
 
 
+def test_warm_up_updates_the_discriminator_as_often_as_asked(one: dict[str, Any]) -> None:
+    assert one["ema"]["discriminator_steps"] == 1 + 3
+    assert one["two updates"]["discriminator_steps"] == 3 + 3 * 2
+
+
 def test_lora_trains_adapters_and_leaves_the_base_bitwise(one: dict[str, Any]) -> None:
     assert any("lora_B" in name for name in one["LoRA"]["changed"])
     assert all("lora_" in name for name in one["LoRA"]["changed"])
