@@ -158,7 +158,7 @@ def engine_against_hand() -> dict[str, float]:
     )
     sgd = {"type": "SGD", "params": {"lr": SGD_LR}}
     roles = roles_for(config, json_for(3, sgd, clipping=0.0), json_for(2, adamw(1e-2)))
-    for step in range(3):
+    for step in range(6):
         warmup_step(roles, batch_at(step), config, step, world=world, timer=StepTimer())
     judge_engine = roles.discriminator
     assert judge_engine is not None
