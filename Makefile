@@ -47,7 +47,7 @@ run: $(STAMP)
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
 
 test: $(STAMP)
-	python -m pytest -q
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	python -m pytest -q -m "slow and not gpu"
