@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from afd.train import launch, preflight
 from afd.train.commit import LOCK, commit_name
@@ -194,8 +195,9 @@ def test_dry_run_shows_the_plan_and_touches_nothing(tiny: Any, capsys: pytest.Ca
 
 def test_an_output_folder_is_taken_as_it_stands(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*tiny.arguments("--dry_run"), "--output_dir", f"{tiny.output} #2"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())  # a long path goes on in the next line
-    assert f"output_dir: '{tiny.output} #2' " in printed
+    line = yaml.safe_dump({"output_dir": f"{tiny.output} #2"})  # quoted, and a long path goes on in the next line
+    assert line.startswith(f"output_dir: '{tiny.output}")
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.slow
