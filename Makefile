@@ -12,7 +12,7 @@ ARGS ?=
 # The deepspeed launcher starts `python`: the environment's own must come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test test-slow test-fuzz test-gpu test-memory test-triton-3.6 test-browser test-slurm check format clean
+.PHONY: help install run test test-slow test-fuzz test-gpu measure-gpu test-memory test-triton-3.6 test-browser test-slurm check format clean
 
 help:
 	@printf '%s\n' \
@@ -21,6 +21,7 @@ help:
 	  'make test-slow  tests that start processes or train' \
 	  'make test-fuzz  300 wrong videos, captions and shards' \
 	  'make test-gpu   tests that need a CUDA device' \
+	  'make measure-gpu  numerics, then every GPU benchmark; attention becomes the default it measures' \
 	  'make test-memory  memory and collectives of real steps against the plan (part of test-slow)' \
 	  'make test-browser  the live player in a headless chromium (apt-get installs it if need be)' \
 	  'make test-triton-3.6  the kernels in the interpreter and as machine code with triton 3.6.0' \
@@ -57,6 +58,13 @@ test-fuzz: $(STAMP)
 
 test-gpu: $(STAMP)
 	python -m pytest -q -m gpu
+
+measure-gpu: $(STAMP)
+	@python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "needs a CUDA device, torch sees none")'
+	python -m pytest -q -m gpu
+	python benchmarks/attention.py --write_defaults
+	python benchmarks/kernels.py --op all
+	python benchmarks/step.py
 
 test-memory: $(STAMP)
 	python -m pytest -q -m slow tests/afd/planning/test_measured.py

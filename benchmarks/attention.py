@@ -7,6 +7,8 @@ of its own, so one that hangs or fails costs its own rows only, and the first ca
 or does not fit gets a row that says so. Rows are appended to benchmarks/results/<device>-attention.csv as workers end;
 table (.md) and plot (.png) are made from all of them, so a run may be split with --impl and --only.
 
+With --write_defaults the order becomes the default on such devices (`afd_kernels/attention_defaults.csv`).
+
 Without a GPU it runs the quick-start student's shape: that checks the benchmark, and is where the CPU default comes
 from. `TRITON_INTERPRET=1 python benchmarks/attention.py --shapes smoke` walks every line it can on a CPU.
 """
@@ -22,17 +24,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attention_report import Row, append_rows, not_measured, origin, write_report
+from attention_report import (
+    BASELINES,
+    PADDED,
+    Row,
+    append_rows,
+    measured_defaults,
+    not_measured,
+    origin,
+    read_rows,
+    write_defaults,
+    write_report,
+)
 from measurement import CPU_WARNING, measure_ceilings, peak_mib, time_us
 from torch import Tensor
 from torch.nn import functional as F
 from triton.errors import TritonError
 
 from afd_kernels import BlockCausalLayout, block_causal_attention, cached_attention
+from afd_kernels.attention_defaults import TABLE, DefaultRow
+from afd_kernels.attention_plans import compute_capability
 from afd_kernels.testing import relative_error
 
 IMPLS = (
-    "reference", "chunks:sdpa", "chunks:cudnn", "chunks:flash2", "chunks:flash3", "chunks:hub", "flex", "flex_padded",
+    "reference", "chunks:sdpa", "chunks:cudnn", "chunks:flash2", "chunks:flash3", "chunks:hub", "flex", PADDED,
     "varlen:flash2", "varlen:flash3", "varlen:torch", "triton:tma", "triton:specialized", "triton:pointer",
 )  # fmt: skip
 CPU_IMPLS = ("reference", "chunks:sdpa", "flex")
@@ -114,7 +129,7 @@ def padded_flex(layout: BlockCausalLayout) -> Callable[[Tensor, Tensor, Tensor],
 
 def implementation(impl: str, layout: BlockCausalLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The attention of one implementation as a function of q, k, v."""
-    if impl == "flex_padded":
+    if impl == PADDED:
         return padded_flex(layout)
     return lambda q, k, v: block_causal_attention(q, k, v, layout, impl=impl)
 
@@ -278,6 +293,15 @@ def print_row(row: Row) -> None:
     print(f"{where}{row.stage:<18}{rate}{cost}", flush=True)
 
 
+def defaults_from(rows: list[Row], kind: str) -> list[DefaultRow]:
+    """What this machine's rows on one kind of shapes say about its defaults."""
+    names = {*jobs(BASELINES[1], kind, ""), *jobs("cached:sdpa", kind, "")}
+    rows = [row for row in rows if row.shape in names]
+    if not torch.cuda.is_available():
+        return measured_defaults(rows, "cpu", 0, "float32")
+    return measured_defaults(rows, rows[0].device, compute_capability(torch.device("cuda", 0)), "bfloat16")
+
+
 def main() -> int:
     """Parse arguments, run the workers, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -287,11 +311,17 @@ def main() -> int:
     parser.add_argument("--impl", nargs="+", help="implementations to run; default: all")
     parser.add_argument("--timeout_s", type=float, default=600, help="for all shapes of one implementation")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--write_defaults", action="store_true", help="make the measured order the default on such devices"
+    )
+    parser.add_argument("--defaults", type=Path, default=TABLE, help="the table that --write_defaults writes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.worker, arguments.shapes, arguments.only)
         return 0
+    if arguments.write_defaults and arguments.shapes == "smoke":
+        parser.error("--write_defaults must have the shapes wan or tiny, got smoke")
     if not is_cuda:
         print(CPU_WARNING)
     cached = tuple(f"cached:{impl}" for impl in CACHED_IMPLS)
@@ -309,6 +339,9 @@ def main() -> int:
     stem, table = write_report(origin()[0], arguments.results)
     print(table)
     print(f"wrote {stem}.csv, .md and .png")
+    if arguments.write_defaults:
+        write_defaults(defaults_from(read_rows(stem.with_suffix(".csv")), arguments.shapes), arguments.defaults)
+        print(f"wrote {arguments.defaults}")
     return 0
 
 

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from measurement import CPU_WARNING, append_csv, describe_commit, describe_device, describe_versions
 
+from afd_kernels.attention_defaults import DefaultRow, read_table
+
+PADDED = "flex_padded"  # a baseline, not an implementation of ours
+MAX_ERROR = 2e-2  # of bf16 against the chunk loop; what is further off does not become a default, however fast
 BASELINES = ("flex", "chunks:sdpa")
 STEP = "forward+backward"
 
@@ -131,11 +135,60 @@ def default_table(rows: Sequence[Row]) -> str:
 
 def order_of(by_shape: dict[str, dict[str, Row]]) -> str:
     """The implementations measured on every teacher-forcing shape, fastest first."""
-    teacher = [found for name, found in by_shape.items() if "teacher" in name]
-    complete = set.intersection(*map(set, teacher)) if teacher else set()
-    mean = {impl: math.fsum(math.log(found[impl].median_ms) for found in teacher) for impl in complete}
-    order = ", ".join(sorted(mean, key=lambda impl: mean[impl]))
+    order = ", ".join(mean_times({name: found for name, found in by_shape.items() if "teacher" in name}))
     return f"Order by geometric mean over the teacher-forcing shapes: {order or 'no common implementation'}."
+
+
+def mean_times(by_shape: dict[str, dict[str, Row]]) -> dict[str, float]:
+    """Geometric mean of the median ms per implementation that was measured on every shape, fastest first."""
+    complete = set.intersection(*map(set, by_shape.values())) if by_shape else set()
+    logs = {impl: [math.log(found[impl].median_ms) for found in by_shape.values()] for impl in complete}
+    means = {impl: math.exp(math.fsum(values) / len(values)) for impl, values in logs.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def measured_defaults(rows: Sequence[Row], device: str, capability: int, dtype: str) -> list[DefaultRow]:
+    """What a device's rows say about the defaults: teacher-forcing steps, and cached steps, by implementation.
+
+    Args:
+        rows: of one device.
+        device: as the table of defaults calls it.
+        capability: compute capability x 10; 0 for a CPU.
+        dtype: of the measurements.
+    """
+    found = []
+    for operation, stage, word in (
+        ("block_causal_attention", STEP, "teacher"),
+        ("cached_attention", "forward", "cached"),
+    ):
+        by_shape: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            is_right = not row.note and row.error <= MAX_ERROR
+            if row.stage == stage and word in row.shape and row.impl != PADDED and is_right:
+                by_shape.setdefault(row.shape, {})[row.impl.removeprefix("cached:")] = row
+        for impl, mean_ms in mean_times(by_shape).items():
+            last = max((of_shape[impl] for of_shape in by_shape.values()), key=lambda row: row.date)
+            origins = (last.commit, last.versions, last.date)
+            shapes = "; ".join(by_shape)
+            found.append(DefaultRow(operation, device, capability, dtype, impl, round(mean_ms, 4), shapes, *origins))
+    return found
+
+
+def write_defaults(measured: Sequence[DefaultRow], path: Path) -> None:
+    """Put the measurements in the table of defaults, in place of the same operation's on the same device and dtype."""
+
+    def subject(row: DefaultRow) -> tuple[str, str, str]:
+        return row.operation, row.device, row.dtype
+
+    new = {subject(row) for row in measured}
+    kept = [row for row in read_table(path) if subject(row) not in new]
+    rows = sorted([*kept, *measured], key=lambda row: (subject(row), row.median_ms))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(DefaultRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    temporary.replace(path)
 
 
 def write_report(device: str, folder: Path) -> tuple[Path, str]:

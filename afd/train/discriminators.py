@@ -15,7 +15,7 @@ from afd.models.student import CausalStudent
 from afd.models.vlm_builder import build_pixel_view, build_vlm_discriminator, plan_vlm
 from afd.models.weights import fill_student, open_student
 from afd.train.discriminator_view import DiscriminatorView, latent_view
-from afd.train.ds_config import DSConfig, load_ds_config
+from afd.train.ds_config import DSConfig, engine_dtype, load_ds_config
 from afd.train.engines import build_sharded, write_shard
 from afd.train.preflight import RunPlan
 
@@ -44,12 +44,12 @@ def build_discriminator(
         torch.manual_seed(config.seed + _SEED_OFFSET)
         if section.kind == "vlm":
             shown = plan_vlm(section.vlm, config.encoders, config.video)
-            discriminator: nn.Module = build_vlm_discriminator(section.vlm, shown, dtype=_engine_dtype(ds_config))
+            discriminator: nn.Module = build_vlm_discriminator(section.vlm, shown, dtype=engine_dtype(ds_config))
         elif backbone is not None:
             layers = section.backbone.taps(plan.shape.num_layers)
             discriminator = BackboneDiscriminator(backbone, layers, section.backbone)
             # DeepSpeed casts no module that holds shards already.
-            discriminator.heads.to(_engine_dtype(ds_config))
+            discriminator.heads.to(engine_dtype(ds_config))
         else:
             discriminator = LatentDiscriminator(section.shape)
     if section.clip_frames is not None:
@@ -84,7 +84,7 @@ def _load_backbone(config: RunConfig, plan: RunPlan, ds_config: DSConfig) -> Cau
         backbone = build_sharded(lambda: CausalStudent(shape), ds_config)
         fill_student(backbone, file.source, write_shard)
         return backbone
-    dtype = _engine_dtype(ds_config)
+    dtype = engine_dtype(ds_config)
     with torch.device("meta"):
         backbone = CausalStudent(shape)
 
@@ -93,10 +93,3 @@ def _load_backbone(config: RunConfig, plan: RunPlan, ds_config: DSConfig) -> Cau
 
     fill_student(backbone, file.source, own)
     return backbone
-
-
-def _engine_dtype(ds_config: DSConfig) -> torch.dtype:
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if ds_config.get(name, {}).get("enabled"):
-            return dtype
-    return torch.float32

@@ -226,6 +226,14 @@ def _given(config: DSConfig, where: str) -> list[Any]:
     return [value]
 
 
+def engine_dtype(config: DSConfig) -> torch.dtype:
+    """What an engine computes in."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(name, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
 def _refuse_unknown(section: DSConfig, known: Collection[str], *, prefix: str) -> None:
     for key in section:
         if key not in known:

@@ -30,8 +30,9 @@ from afd.preparation import shard_places
 from afd.rollout import SamplerTimes, chunk_spans, sampler_times
 from afd.teachers.physics import heldout_prompts, training_prompts
 from afd.train.commit import commit_bytes, list_commits
-from afd.train.ds_config import DSConfig, load_critic_config
+from afd.train.ds_config import DSConfig, engine_dtype, load_critic_config
 from afd.train.learning_rate import check_lr_owner
+from afd_kernels.block_causal_attention import check_impl
 
 _DISK_RESERVE_BYTES = 256 * 2**20
 
@@ -103,6 +104,7 @@ def plan_run(
         num_gpus=world_size,
         gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
     )
+    _check_attention(config, shape, ds_student)
     _check_teacher(config, student_batch[0])
     _check_zero(ds_student, *ds_configs[2:])
     check_lr_owner(config, ds_student, ds_discriminator)
@@ -174,6 +176,18 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
     for owner, got in widths.items():
         if got != text_dim:
             raise ConfigError(f"{owner} must be {text_dim}, the width of the text encoder {folder.name}, got {got}")
+
+
+def _check_attention(config: RunConfig, shape: StudentShape, ds_student: DSConfig) -> None:
+    impl = config.student.attention_impl or shape.attention_impl
+    if impl is None:
+        return
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    try:
+        check_impl(impl, device, engine_dtype(ds_student), shape.head_dim)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"student.attention_impl: {error}") from error
 
 
 def _check_teacher(config: RunConfig, rollouts: int) -> None:

@@ -1,40 +1,22 @@
 """The student's self-attention over video chunks: `block_causal_attention`, and how its implementation is chosen.
 
-The name is the maths; `impl=` is how. Owns argument checks and the default table; each implementation lives in its own
+The name is the maths; `impl=` is how. Owns argument checks; each implementation lives in its own
 `block_causal_attention_<impl>.py` and is imported on first use.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 
+import torch
 from torch import Tensor
 
+from afd_kernels.attention_defaults import default_impl
 from afd_kernels.block_causal_attention_chunks import block_causal_attention_chunks
 from afd_kernels.block_causal_attention_reference import block_causal_attention_reference
 from afd_kernels.layout import BlockCausalLayout
 
-logger = logging.getLogger(__name__)
-
 IMPLS = ("reference", "triton", "chunks", "varlen", "flex")
-# Device type -> (implementation, why). CPU: float32, B 16, 4 heads x 16, teacher forcing, 480 tokens, one core, forward
-# + backward: chunks 24 ms, dense mask through SDPA 55 ms, reference 193 ms (benchmarks/attention.py --shapes tiny).
-# CUDA: the library kernels are the safe choice while no measurement of ours is committed; benchmarks/attention.py on
-# an H200 prints the table this entry is to be chosen from.
-DEFAULTS = {
-    "cpu": ("chunks", "measured fastest on CPU"),
-    "cuda": ("chunks", "unmeasured on CUDA: library kernels, the safe order"),
-}
-_LOGGED: set[tuple[str, str]] = set()
-
-
-def default_impl(device_type: str) -> str:
-    """Implementation used for `impl=None`; logged once per device type."""
-    impl, reason = DEFAULTS.get(device_type, ("reference", "no entry for this device"))
-    if (device_type, impl) not in _LOGGED:
-        _LOGGED.add((device_type, impl))
-        logger.info("block_causal_attention runs impl=%s on %s (%s)", impl, device_type, reason)
-    return impl
 
 
 def parse_impl(impl: str) -> tuple[str, str]:
@@ -45,8 +27,8 @@ def parse_impl(impl: str) -> tuple[str, str]:
     Raises:
         ValueError: there is no such implementation or option.
     """
+    from afd_kernels.attention_plans import VARIANTS
     from afd_kernels.block_causal_attention_backends import DENSE_BACKENDS, VARLEN_BACKENDS
-    from afd_kernels.block_causal_attention_triton import VARIANTS
 
     options = {"chunks": DENSE_BACKENDS, "varlen": VARLEN_BACKENDS, "triton": VARIANTS}
     name, _, option = impl.partition(":")
@@ -68,7 +50,8 @@ def block_causal_attention(
             frames come first, then the noisy ones.
         layout: who sees whom.
         impl: `reference`; `triton[:tma|specialized|pointer]`; `chunks[:flash3|flash2|sdpa|cudnn|hub]`;
-            `varlen[:flash3|flash2|torch]`; `flex`. Without a suffix the best installed one. None picks by device.
+            `varlen[:flash3|flash2|torch]`; `flex`. Without a suffix the best installed one, or the device's preferred
+            variant. None for the fastest that was measured on the device and can run here (`attention_defaults`).
         scale: None for 1 / sqrt(D).
     Returns:
         [B, heads, N, D] in q's dtype.
@@ -77,16 +60,16 @@ def block_causal_attention(
         ImportError: the implementation is not installed; the text says how to install it.
     """
     _check(q, k, v, layout)
-    name, option = parse_impl(impl or default_impl(q.device.type))
+    name, option = parse_impl(impl or _default(q.device, q.dtype, q.shape[-1]))
     if name == "chunks":
         from afd_kernels.block_causal_attention_backends import best_dense_backend, dense_backend
 
-        dense = dense_backend(option or _dense_backend_for(q, best_dense_backend(q.is_cuda)))
+        dense = dense_backend(option or best_dense_backend(q.device, q.dtype))
         return block_causal_attention_chunks(q, k, v, layout, scale=scale, dense=dense)
     if name == "triton":
         from afd_kernels.block_causal_attention_triton import block_causal_attention_triton
 
-        return block_causal_attention_triton(q, k, v, layout, scale=scale, variant=option or "tma")
+        return block_causal_attention_triton(q, k, v, layout, scale=scale, variant=option or None)
     if name == "varlen":
         from afd_kernels.block_causal_attention_backends import best_varlen_backend, varlen_backend
         from afd_kernels.block_causal_attention_varlen import block_causal_attention_varlen
@@ -100,9 +83,44 @@ def block_causal_attention(
     return block_causal_attention_reference(q, k, v, layout, scale=scale)
 
 
-def _dense_backend_for(q: Tensor, best: str) -> str:
-    """FlashAttention takes half precision only; PyTorch picks a kernel for the rest."""
-    return best if q.element_size() == 2 else "sdpa"
+def check_impl(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Check that an implementation is installed and trains on such inputs, before there are any.
+
+    Raises:
+        ValueError: it is unknown, or does not take the device, dtype or head dimension.
+        ImportError: it is not installed; the text says how to install it.
+    """
+    from afd_kernels import block_causal_attention_backends as backends
+    from afd_kernels.block_causal_attention_flex import FLEX_NEEDS_CUDA
+    from afd_kernels.block_causal_attention_triton import check_support
+
+    name, option = parse_impl(impl)
+    if name == "triton":
+        check_support(device, dtype, head_dim, option or None)
+    elif name == "varlen" or (name == "chunks" and option):
+        choices = backends.VARLEN_BACKENDS if name == "varlen" else backends.DENSE_BACKENDS
+        backend = option or backends.best_varlen_backend()
+        backends.check_backend(backend, choices)
+        backends.check_dtype(backend, dtype)
+        if backend != "sdpa" and device.type != "cuda":
+            raise ValueError(f"impl={impl!r} needs CUDA tensors, got {device}")
+    elif name == "flex" and device.type != "cuda":
+        raise ValueError(FLEX_NEEDS_CUDA)
+
+
+@functools.cache
+def _default(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    from afd_kernels.block_causal_attention_backends import best_dense_backend
+
+    def is_usable(impl: str) -> bool:
+        try:
+            check_impl(impl, device, dtype, head_dim)
+        except (ValueError, ImportError):
+            return False
+        return True
+
+    fallback = f"chunks:{best_dense_backend(device, dtype)}"
+    return default_impl("block_causal_attention", device, dtype, is_usable, fallback)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout) -> None:
@@ -117,4 +135,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout) -> None:
         raise ValueError(f"q must be floating point, got {q.dtype}")
 
 
-__all__ = ["DEFAULTS", "IMPLS", "BlockCausalLayout", "block_causal_attention", "default_impl", "parse_impl"]
+__all__ = ["IMPLS", "BlockCausalLayout", "block_causal_attention", "check_impl", "parse_impl"]

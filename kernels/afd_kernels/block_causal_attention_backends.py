@@ -47,16 +47,17 @@ def is_installed(backend: str) -> bool:
     return spec is not None and spec.loader is not None and spec.origin is not None
 
 
-def _require(backend: str, choices: tuple[str, ...]) -> None:
+def check_backend(backend: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the backend is one of the choices, ImportError with how to install it where it is not."""
     if backend not in choices:
         raise ValueError(f"the attention backend must be one of {', '.join(choices)}, got {backend!r}")
     if not is_installed(backend):
         raise ImportError(f"attention backend {backend!r} is not installed; to install it: {_INSTALL[backend]}")
 
 
-def best_dense_backend(is_cuda: bool) -> str:
-    """The first installed backend of DENSE_BACKENDS; it always reaches `sdpa`, and is `sdpa` on CPU."""
-    return next(filter(is_installed, DENSE_BACKENDS)) if is_cuda else "sdpa"
+def best_dense_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The first installed backend of DENSE_BACKENDS; `sdpa` on CPU and for more than half precision."""
+    return next(filter(is_installed, DENSE_BACKENDS)) if device.type == "cuda" and dtype in FLASH_DTYPES else "sdpa"
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -75,7 +76,7 @@ def dense_backend(backend: str) -> DenseAttention:
         ImportError: not installed; the text says how to install it.
     The function it returns raises a ValueError for a dtype the backend does not take.
     """
-    _require(backend, DENSE_BACKENDS)
+    check_backend(backend, DENSE_BACKENDS)
     if backend == "sdpa":
         return sdpa
     if backend == "cudnn":
@@ -86,7 +87,7 @@ def dense_backend(backend: str) -> DenseAttention:
         flash = importlib.import_module(_MODULES[backend]).flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        _check_dtype(backend, q)
+        check_dtype(backend, q.dtype)
         out = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale)
         return _first(out).transpose(1, 2)
 
@@ -113,7 +114,7 @@ def varlen_backend(backend: str) -> VarlenAttention:
         ValueError: unknown backend.
         ImportError: not installed; the text says how to install it.
     """
-    _require(backend, VARLEN_BACKENDS)
+    check_backend(backend, VARLEN_BACKENDS)
     if backend == "torch":
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
@@ -121,7 +122,7 @@ def varlen_backend(backend: str) -> VarlenAttention:
             q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
             scale: float | None,
         ) -> Tensor:  # fmt: skip
-            _check_dtype(backend, q)
+            check_dtype(backend, q.dtype)
             options = {} if scale is None else {"scale": scale}
             return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
 
@@ -132,16 +133,17 @@ def varlen_backend(backend: str) -> VarlenAttention:
         q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
         scale: float | None,
     ) -> Tensor:  # fmt: skip
-        _check_dtype(backend, q)
+        check_dtype(backend, q.dtype)
         return _first(flash(q, k, v, starts_q, starts_k, longest_q, longest_k, softmax_scale=scale))
 
     return attend
 
 
-def _check_dtype(backend: str, q: Tensor) -> None:
-    if q.dtype not in FLASH_DTYPES:
+def check_dtype(backend: str, dtype: torch.dtype) -> None:
+    """Raise ValueError where a backend other than `sdpa` is to take more than half precision."""
+    if backend != "sdpa" and dtype not in FLASH_DTYPES:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in FLASH_DTYPES)
-        raise ValueError(f"attention backend {backend!r} takes {names}, got {q.dtype}")
+        raise ValueError(f"attention backend {backend!r} takes {names}, got {dtype}")
 
 
 def _first(out: Any) -> Tensor:

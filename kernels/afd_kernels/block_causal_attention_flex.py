@@ -11,6 +11,8 @@ from torch import Tensor
 
 from afd_kernels.layout import BlockCausalLayout
 
+FLEX_NEEDS_CUDA = "impl='flex' has no backward on CPU; use impl='chunks' or 'reference'"
+
 
 @functools.lru_cache(maxsize=16)
 def _block_mask(layout: BlockCausalLayout, device: torch.device) -> Any:
@@ -46,5 +48,5 @@ def block_causal_attention_flex(
         ValueError: gradients are wanted on CPU.
     """
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("impl='flex' has no backward on CPU; use impl='chunks' or 'reference'")
+        raise ValueError(FLEX_NEEDS_CUDA)
     return _flex_attention(q.is_cuda)(q, k, v, block_mask=_block_mask(layout, q.device), scale=scale)

@@ -1,98 +1,27 @@
-"""Launches the Triton kernels of block-causal attention: work tables, tile shapes, autograd.
+"""Launches the Triton kernels of block-causal attention: work tables, autograd.
 
 Owns how the kernels are launched; the kernels are in `block_causal_attention_kernels` (imported on first use, so that
-importing this module does not import triton). Which tile shapes spill nothing and use which instructions on Hopper is
-checked in the compiled machine code by the tests.
+importing this module does not import triton), their tile shapes in `attention_plans`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from afd_kernels.attention_plans import Plan, Tiles, check_variant, choose_plan, compute_capability
 from afd_kernels.dispatch import is_interpreting
 from afd_kernels.launching import device_guard
 from afd_kernels.layout import BlockCausalLayout, Strip
 
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-VARIANTS = ("tma", "specialized", "pointer")
 GROUP = 8  # tiles of one (batch, head) slice launched side by side, so that they share keys in L2
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tile shape and launch options of one kernel.
-
-    Args:
-        block_m: query rows of a tile.
-        block_n: key rows of a tile.
-        num_warps: of the kernel; a specialized one gets 8 more for its loads and second half.
-        num_stages: depth of the load pipeline.
-        tma: load tiles with tensor descriptors.
-        specialize: give loads and arithmetic their own warps.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    specialize: bool = False
-
-    @property
-    def launch_options(self) -> dict[str, Any]:
-        """Keyword arguments of a launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "TMA": self.tma,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Tiles of the three kernels."""
-
-    forward: Tiles
-    key_value_grad: Tiles
-    query_grad: Tiles
-
-
-def choose_plan(head_dim: int, dtype: torch.dtype, variant: str) -> Plan:
-    """Tile shapes for a head dimension, dtype and variant.
-
-    Half precision, D = 64 and 128: `tma` loads with tensor descriptors, `specialized` also splits the forward's warps
-    into loaders and workers, `pointer` needs neither and has smaller tiles where the larger would spill (dQ, and dK/dV
-    at D = 128). Everything else: small pointer tiles.
-
-    Raises:
-        ValueError: unknown variant.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"the triton variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    if dtype == torch.float32:
-        small = Tiles(32, 32, 4, 1)
-        return Plan(small, small, small)
-    if head_dim < 64:
-        small = Tiles(64, 64, 4, 2)
-        return Plan(small, small, small)
-    if variant == "pointer":
-        return Plan(
-            Tiles(128, 128, 8, 2), Tiles(64 if head_dim == 64 else 32, 128, 8, 2), Tiles(128, 64, 8, 2)
-        )  # fmt: skip
-    forward = Tiles(128, 128, 8, 2, tma=True)
-    if variant == "specialized":
-        forward = Tiles(128, 128, 4, 2, tma=True, specialize=True)
-    return Plan(forward, Tiles(64, 128, 8, 2, tma=True), Tiles(128, 128, 8, 2, tma=True))
 
 
 @functools.lru_cache(maxsize=64)
@@ -147,19 +76,20 @@ def _most_ranges(strips: tuple[Strip, ...]) -> int:
     return max(len(strip.ranges) for strip in strips)
 
 
-def _usable(plan: Plan, kernel: str, *tensors: Tensor) -> Tiles:
+def usable_tiles(plan: Plan, kernel: str, *tensors: Tensor) -> Tiles:
     """The plan's tiles of a kernel, or pointer tiles where its descriptors do not accept the tensors."""
     tiles: Tiles = getattr(plan, kernel)
     if not tiles.tma or can_use_descriptors(*tensors):
         return tiles
-    return getattr(choose_plan(tensors[0].shape[-1], tensors[0].dtype, "pointer"), kernel)
+    q = tensors[0]
+    return getattr(choose_plan(q.shape[-1], q.dtype, "pointer", compute_capability(q.device)), kernel)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float, plan: Plan) -> tuple:
     from afd_kernels.block_causal_attention_kernels import forward_kernel
 
     batch, heads, rows, head_dim = q.shape
-    tiles = _usable(plan, "forward", q, k, v)
+    tiles = usable_tiles(plan, "forward", q, k, v)
     work = work_table(layout.strips, tiles.block_m, q.device)
     out = torch.empty_like(q)
     stats = torch.empty(batch * heads, 2, rows, dtype=torch.float32, device=q.device)
@@ -192,14 +122,14 @@ def _backward(saved: tuple[Tensor, ...], grad: Tensor, layout: BlockCausalLayout
     with device_guard(q):
         launch: Any = delta_kernel[(-(-rows // 64), batch * heads)]
         launch(out, grad, stats, *out.stride()[:3], *grad.stride()[:3], heads, rows, D=head_dim, BLOCK=64)
-        tiles = _usable(plan, "key_value_grad", *inputs)
+        tiles = usable_tiles(plan, "key_value_grad", *inputs)
         work = work_table(layout.key_strips, tiles.block_n, q.device)
         launch = key_value_grad_kernel[(work.shape[0] * batch * heads,)]
         launch(
             *inputs, stats, dk, dv, work, *strides, heads, rows, work.shape[0], batch * heads, *scales,
             RANGES=_most_ranges(layout.key_strips), SPECIALIZE=tiles.specialize, **shared, **tiles.launch_options,
         )  # fmt: skip
-        tiles = _usable(plan, "query_grad", *inputs)
+        tiles = usable_tiles(plan, "query_grad", *inputs)
         work = work_table(layout.strips, tiles.block_m, q.device)
         launch = query_grad_kernel[(work.shape[0] * batch * heads,)]
         launch(
@@ -226,18 +156,27 @@ class _TritonAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def check_kernel_inputs(q: Tensor, scale: float | None) -> float:
-    """Check what the kernels can take and return the scale.
+def check_support(device: torch.device, dtype: torch.dtype, head_dim: int, variant: str | None = None) -> None:
+    """Check that the kernels run on such inputs.
 
     Raises:
-        ValueError: device, dtype, head dimension or scale is outside what the kernels do.
+        ValueError: device, dtype, head dimension or variant is outside what the kernels do.
     """
-    if not q.is_cuda and not is_interpreting():
-        raise ValueError(f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1 on CPU), got {q.device}")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"impl='triton' takes float16, bfloat16 or float32, got {q.dtype}")
-    if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"impl='triton' takes head dimensions {HEAD_DIMS}, got {q.shape[-1]}")
+    if device.type != "cuda" and not is_interpreting():
+        raise ValueError(f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1 on CPU), got {device}")
+    if dtype not in DTYPES:
+        raise ValueError(f"impl='triton' takes float16, bfloat16 or float32, got {dtype}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"impl='triton' takes head dimensions {HEAD_DIMS}, got {head_dim}")
+    check_variant(variant, compute_capability(device))
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The scale to use: > 0, or 1 / sqrt(D) for None.
+
+    Raises:
+        ValueError: the scale is not positive.
+    """
     if scale is not None and scale <= 0:
         raise ValueError(f"impl='triton' takes a positive scale, got {scale}")
     return scale if scale is not None else 1 / math.sqrt(q.shape[-1])
@@ -250,7 +189,7 @@ def block_causal_attention_triton(
     layout: BlockCausalLayout,
     *,
     scale: float | None = None,
-    variant: str = "tma",
+    variant: str | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
     """Block-causal attention by our kernels; forward and backward are deterministic (no atomics).
@@ -258,15 +197,16 @@ def block_causal_attention_triton(
     Args:
         q, k, v: [B, heads, N, D] float16, bfloat16 or float32, D in HEAD_DIMS, N == layout.num_tokens.
         scale: > 0; None for 1 / sqrt(D).
-        variant: one of VARIANTS (float16 and bfloat16 with D >= 64).
+        variant: one of `attention_plans.VARIANTS` (float16 and bfloat16 with D >= 64); None for the device's preferred.
         plan: tile shapes, instead of the variant's.
     Returns:
         [B, heads, N, D] in q's dtype and strides.
     Raises:
-        ValueError: see `check_kernel_inputs`.
+        ValueError: see `check_support` and `scale_of`.
     """
-    factor = check_kernel_inputs(q, scale)
-    plan = plan or choose_plan(q.shape[-1], q.dtype, variant)
+    check_support(q.device, q.dtype, q.shape[-1], variant)
+    factor = scale_of(q, scale)
+    plan = plan or choose_plan(q.shape[-1], q.dtype, variant, compute_capability(q.device))
     return _TritonAttention.apply(  # pyright: ignore[reportReturnType]
         dense_rows(q), dense_rows(k), dense_rows(v), layout, factor, plan
     )

@@ -7,32 +7,16 @@ for the device.
 
 from __future__ import annotations
 
-import logging
+import functools
 
 import torch
 from torch import Tensor
 
+from afd_kernels.attention_defaults import default_impl
 from afd_kernels.block_causal_attention_reference import dense_attention_reference
 from afd_kernels.layout import Range
 
-logger = logging.getLogger(__name__)
-
 IMPLS = ("reference", "sdpa", "flash3", "flash2", "cudnn", "hub", "triton")
-_LOGGED: set[tuple[str, str]] = set()
-
-
-def default_impl(q: Tensor) -> str:
-    """`sdpa` on CPU; on CUDA the best installed dense kernel, unmeasured by us. Logged once per device type.
-
-    FlashAttention and PyTorch's copy of it split the keys themselves where the queries are few.
-    """
-    from afd_kernels.block_causal_attention_backends import best_dense_backend
-
-    impl = best_dense_backend(q.is_cuda) if q.element_size() == 2 else "sdpa"
-    if (q.device.type, impl) not in _LOGGED:
-        _LOGGED.add((q.device.type, impl))
-        logger.info("cached_attention runs impl=%s on %s", impl, q.device.type)
-    return impl
 
 
 def cached_attention(
@@ -50,7 +34,8 @@ def cached_attention(
         q: [B, heads, Nq, D], the chunk being generated.
         k, v: [B, heads, Nk, D], cached and own keys and values; views of a cache are fine.
         scale: None for 1 / sqrt(D).
-        impl: one of IMPLS; None picks by device.
+        impl: one of IMPLS; None for the fastest that was measured on the device and can run here, else the best
+            installed dense kernel (FlashAttention and PyTorch's copy of it split the keys where the queries are few).
         key_ranges: disjoint (start, end) rows of k and v that the chunk sees, such as sink and window; None for all.
             `triton` reads at most two in place, the others gather several.
     Returns:
@@ -60,7 +45,8 @@ def cached_attention(
         ImportError: the implementation is not installed; the text says how to install it.
     """
     ranges = _check(q, k, v, key_ranges)
-    chosen = impl or default_impl(q)
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    chosen = impl or _default(q.device, q.dtype, q.shape[-1], len(ranges), wants_grad)
     if chosen not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if chosen == "triton":
@@ -74,6 +60,24 @@ def cached_attention(
     from afd_kernels.block_causal_attention_backends import dense_backend
 
     return dense_backend(chosen)(q, k, v, scale)
+
+
+@functools.cache
+def _default(device: torch.device, dtype: torch.dtype, head_dim: int, num_ranges: int, wants_grad: bool) -> str:
+    from afd_kernels import block_causal_attention_backends as backends
+    from afd_kernels.block_causal_attention_triton import check_support
+
+    def is_usable(name: str) -> bool:
+        if name != "triton":
+            return backends.is_installed(name) and (name == "sdpa" or dtype in backends.FLASH_DTYPES)
+        try:
+            check_support(device, dtype, head_dim)
+        except ValueError:
+            return False
+        return num_ranges <= 2 and not wants_grad
+
+    fallback = backends.best_dense_backend(device, dtype)
+    return default_impl("cached_attention", device, dtype, is_usable, fallback)
 
 
 def _rows(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:

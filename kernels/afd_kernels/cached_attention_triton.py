@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd_kernels.attention_plans import choose_plan, compute_capability
 from afd_kernels.block_causal_attention_triton import (
-    Tiles,
     allow_descriptors,
-    can_use_descriptors,
-    check_kernel_inputs,
+    check_support,
     dense_rows,
+    scale_of,
+    usable_tiles,
 )
 from afd_kernels.launching import device_guard
 from afd_kernels.layout import Range
@@ -44,12 +45,6 @@ def choose_splits(programs: int, key_tiles: int, processors: int) -> int:
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _tiles(q: Tensor, k: Tensor, v: Tensor) -> Tiles:
-    if q.dtype == torch.float32 or q.shape[-1] < 64:
-        return Tiles(32, 32, 4, 1)
-    return Tiles(128, 128, 8, 2, tma=can_use_descriptors(q, k, v))
 
 
 def cached_attention_triton(
@@ -80,11 +75,13 @@ def cached_attention_triton(
         raise ValueError(f"impl='triton' takes one or two key ranges, got {len(ranges)}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("impl='triton' of cached_attention has no backward; use impl='sdpa' or torch.no_grad()")
-    factor = check_kernel_inputs(q, scale)
+    check_support(q.device, q.dtype, q.shape[-1])
+    factor = scale_of(q, scale)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, heads, rows, head_dim = q.shape
     slices = batch * heads
-    tiles = _tiles(q, k, v)
+    plan = choose_plan(head_dim, q.dtype, None, compute_capability(q.device))
+    tiles = usable_tiles(plan, "cached", q, k, v)
     key_tiles = sum(-(-(end - start) // tiles.block_n) for start, end in ranges)
     query_tiles = -(-rows // tiles.block_m)
     wanted = splits or choose_splits(query_tiles * slices, key_tiles, _processors(q.device))

@@ -1,4 +1,4 @@
-"""Test support: bfloat16 in Triton's interpreter, and Hopper machine code compiled without a GPU.
+"""Test support: bfloat16 in Triton's interpreter, and machine code compiled without a GPU.
 
 Owns what tests of Triton kernels need on a CPU-only machine. Nothing in the product imports it. triton is imported
 inside the functions, so that TRITON_INTERPRET can be set before its first import.
@@ -19,7 +19,8 @@ from torch import Tensor
 # Largest allowed error relative to the largest value of the float64 oracle, and factor over torch's own error.
 ERROR_CAPS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 TORCH_ERROR_FACTOR = 1.5
-MAX_SHARED_BYTES = 232448  # sm_90, one block
+# Shared memory of one block by compute capability (CUDA C++ programming guide, technical specifications).
+MAX_SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
@@ -219,7 +220,7 @@ class MachineCode:
         return total
 
 
-def compile_for_hopper(
+def compile_for_gpu(
     kernel: Any,
     signature: Mapping[str, str],
     constexprs: Mapping[str, Any],
@@ -227,8 +228,9 @@ def compile_for_hopper(
     divisible: Sequence[str] = (),
     num_warps: int = 4,
     num_stages: int = 2,
+    capability: int = 90,
 ) -> MachineCode:
-    """Compile a `@triton.jit` kernel for sm_90 on a machine without a GPU and read its machine code.
+    """Compile a `@triton.jit` kernel for a GPU on a machine without one and read its machine code.
 
     Args:
         kernel: JITFunction (TRITON_INTERPRET must not be set).
@@ -236,6 +238,7 @@ def compile_for_hopper(
         constexprs: value per tl.constexpr argument.
         divisible: runtime arguments known to be multiples of 16 (pointers: 16-byte aligned).
         num_warps, num_stages: launch options.
+        capability: compute capability x 10 of the GPU.
     Raises:
         ValueError: the arguments named are not the kernel's.
     """
@@ -256,7 +259,7 @@ def compile_for_hopper(
     )
     compiled = triton.compile(
         source,
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
     return _read_machine_code(compiled.asm["cubin"], compiled.metadata.shared, num_warps)

@@ -198,8 +198,9 @@ def test_cached_attention_calls_every_library(impl):
 
 @pytest.mark.usefixtures("installed")
 def test_the_best_installed_library_is_chosen():
-    assert best_dense_backend(is_cuda=True) == "flash3"
-    assert best_dense_backend(is_cuda=False) == "sdpa"
+    assert best_dense_backend(torch.device("cuda"), torch.float64) == "flash3"  # what these stand-ins take
+    assert best_dense_backend(torch.device("cuda"), torch.float32) == "sdpa"
+    assert best_dense_backend(torch.device("cpu"), torch.float64) == "sdpa"
     assert best_varlen_backend() == "flash3"
 
 

@@ -1,8 +1,9 @@
-"""Lane 2: Hopper machine code of the attention kernels with the tiles that ship, compiled here, no GPU needed.
+"""Lane 2: machine code of the attention kernels with the tiles that ship, compiled here, no GPU needed.
 
-Gates: tensor cores through wgmma only (HGMMA, never HMMA), tensor descriptors really load by TMA (UTMALDG) where
-claimed, 16-byte asynchronous copies where not, warp specialization really moves registers (USETMAXREG), no spills,
-shared memory within a block's. One process per kernel: a failing compiler pass takes its process down.
+Gates on Hopper: tensor cores through wgmma only (HGMMA, never HMMA), tensor descriptors really load by TMA (UTMALDG)
+where claimed, 16-byte asynchronous copies where not, warp specialization really moves registers (USETMAXREG), no
+spills, shared memory within a block's. On the other devices: tensor cores, descriptors where claimed, no spills, shared
+memory. One process per kernel: a failing compiler pass takes its process down.
 """
 
 import json
@@ -14,9 +15,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from afd_kernels.block_causal_attention_triton import Tiles, choose_plan
+from afd_kernels.attention_plans import Tiles, choose_plan, variants_of
 from afd_kernels.dispatch import is_interpreting
-from afd_kernels.testing import MAX_SHARED_BYTES, MachineCode, compile_for_hopper
+from afd_kernels.testing import MAX_SHARED_BYTES, MachineCode, compile_for_gpu
 
 pytestmark = pytest.mark.skipif(is_interpreting(), reason="TRITON_INTERPRET=1: nothing is compiled")
 KERNELS = {
@@ -46,23 +47,22 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-def tiles_of(kernel: str, variant: str, head_dim: int, dtype: str = "bf16") -> Tiles:
-    if kernel == "split":
-        return Tiles(128, 128, 8, 2, tma=variant == "tma")
+def tiles_of(kernel: str, variant: str, head_dim: int, dtype: str = "bf16", capability: int = 90) -> Tiles:
     if kernel in ("delta", "join"):
         return Tiles(0, 0, 4, 2)
-    return getattr(choose_plan(head_dim, DTYPES[dtype], variant), kernel)
+    plan = choose_plan(head_dim, DTYPES[dtype], variant, capability)
+    return getattr(plan, "cached" if kernel == "split" else kernel)
 
 
 def compile_kernel(
-    kernel: str, variant: str, head_dim: int, dtype: str = "bf16", ranges: int | None = None
+    kernel: str, variant: str, head_dim: int, dtype: str = "bf16", ranges: int | None = None, capability: int = 90
 ) -> MachineCode:
     """Compile with 16-byte aligned pointers and strides, by default for three key ranges or two query ranges."""
     import importlib
 
     module, name = KERNELS[kernel]
     function = getattr(importlib.import_module(f"afd_kernels.{module}"), name)
-    tiles = tiles_of(kernel, variant, head_dim, dtype)
+    tiles = tiles_of(kernel, variant, head_dim, dtype, capability)
     constants = {
         "D": head_dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "GROUP": 8, "TMA": tiles.tma,
         "RANGES": ranges or (2 if kernel == "key_value_grad" else 3), "SPECIALIZE": tiles.specialize,
@@ -81,9 +81,8 @@ def compile_kernel(
         else:
             signature[argument] = "fp32" if argument.startswith("scale") else "i32"
     aligned = [x for x in signature if signature[x][0] == "*" or x.split("_")[-1] in ("batch", "head", "row")]
-    return compile_for_hopper(
-        function, signature, constants, divisible=aligned, num_warps=tiles.num_warps, num_stages=tiles.num_stages
-    )
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "capability": capability}
+    return compile_for_gpu(function, signature, constants, divisible=aligned, **options)
 
 
 def compile_in_its_own_process(cache, *arguments) -> MachineCode:
@@ -104,7 +103,7 @@ def test_attention_kernel_uses_what_it_claims(tmp_path, kernel, variant, head_di
     # More of them than products: the compiler waits for every single one.
     assert code.count("WARPGROUP") < code.count("HGMMA"), "wgmma one at a time"
     assert code.count("MUFU") > 0
-    assert code.shared_bytes <= MAX_SHARED_BYTES
+    assert code.shared_bytes <= MAX_SHARED_BYTES[90]
     assert (code.count("UTMALDG") > 0) == tiles.tma, code.opcodes
     assert (code.count("USETMAXREG") > 0) == tiles.specialize, code.opcodes
     if not tiles.tma:
@@ -122,7 +121,21 @@ def test_every_plan_compiles_for_one_range(tmp_path, kernel, head_dim, dtype):
     code = compile_in_its_own_process(tmp_path, kernel, "tma", head_dim, dtype, 1)
     assert code.count("EXIT") > 0, "empty kernel"
     assert code.count("HGMMA", "HMMA", "FFMA") > 0
-    assert code.shared_bytes <= MAX_SHARED_BYTES
+    assert code.shared_bytes <= MAX_SHARED_BYTES[90]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "key_value_grad", "query_grad", "split"])
+@pytest.mark.parametrize(
+    ("capability", "variant"),
+    [(capability, variant) for capability in (80, 89, 100, 120) for variant in variants_of(capability)],
+)
+def test_shipped_tiles_fit_every_device(tmp_path, capability, variant, kernel):
+    code = compile_in_its_own_process(tmp_path, kernel, variant, 128, "bf16", None, capability)
+    assert code.count("UTCHMMA" if capability == 100 else "HMMA") > 0, f"no tensor cores: {code.opcodes}"
+    assert code.count("LDL", "STL") == 0, f"spills: {code.opcodes}"
+    assert code.shared_bytes <= MAX_SHARED_BYTES[capability]
+    assert (code.count("UTMALDG") > 0) == (variant == "tma"), code.opcodes
 
 
 @pytest.mark.parametrize("kernel", ["delta", "join"])

@@ -11,7 +11,7 @@ import torch
 
 from afd_kernels.dispatch import is_interpreting
 from afd_kernels.launching import row_warps
-from afd_kernels.testing import MAX_SHARED_BYTES, MachineCode, compile_for_hopper
+from afd_kernels.testing import MAX_SHARED_BYTES, MachineCode, compile_for_gpu
 
 pytestmark = pytest.mark.skipif(is_interpreting(), reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -47,7 +47,7 @@ def private_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_kernel(name: str, element: str) -> MachineCode:
+def compile_kernel(name: str, element: str, capability: int = 90) -> MachineCode:
     """Compile with aligned pointers and strides; modulations, weights and tables are float32."""
     import importlib
 
@@ -65,7 +65,7 @@ def compile_kernel(name: str, element: str) -> MachineCode:
             signature[argument] = "i64" if argument in ("seed", "counter_offset") else "i32"
     aligned = [x for x in signature if x.endswith("_ptr") or "_stride_" in x or x == "row_size"]
     warps = row_warps(BLOCK, DTYPES[element]) if "BLOCK" in constants else 4
-    return compile_for_hopper(kernel, signature, constants, divisible=aligned, num_warps=warps)
+    return compile_for_gpu(kernel, signature, constants, divisible=aligned, num_warps=warps, capability=capability)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -75,15 +75,28 @@ def test_kernel_is_vectorised_and_does_not_spill(name, element):
     code = compile_kernel(name, element)
     assert code.count("EXIT") > 0, "empty kernel"
     assert code.count("LDL", "STL") == 0, f"spills: {code.opcodes}"
-    assert code.shared_bytes <= MAX_SHARED_BYTES
+    assert code.shared_bytes <= MAX_SHARED_BYTES[90]
     assert code.count_wide("LDG", 128) >= loads, code.opcodes
     assert code.count_wide("STG", 128) >= stores, code.opcodes
     assert code.count_wide("LDG", 64) == code.count_wide("LDG", 16) == 0, f"narrow loads: {code.opcodes}"
     assert code.registers <= max_registers, code.registers
 
 
-def test_compile_for_hopper_names_wrong_arguments():
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_is_vectorised_and_does_not_spill_on_other_devices(name, capability):
+    *_, loads, stores, _ = KERNELS[name]
+    code = compile_kernel(name, "bf16", capability)
+    assert code.count("EXIT") > 0, "empty kernel"
+    assert code.count("LDL", "STL") == 0, f"spills: {code.opcodes}"
+    assert code.shared_bytes <= MAX_SHARED_BYTES[capability]
+    assert code.count_wide("LDG", 128) >= loads, code.opcodes
+    assert code.count_wide("STG", 128) >= stores, code.opcodes
+
+
+def test_compile_for_gpu_names_wrong_arguments():
     from afd_kernels.nft_loss_triton import nft_loss_backward_kernel
 
     with pytest.raises(ValueError, match="mismatch in"):
-        compile_for_hopper(nft_loss_backward_kernel, {"x_ptr": "*fp32"}, {})
+        compile_for_gpu(nft_loss_backward_kernel, {"x_ptr": "*fp32"}, {})

@@ -43,6 +43,86 @@ def test_a_split_run_makes_one_table_from_the_newest_rows(report, tmp_path):
     assert "not measured" not in report.write_report("Some GPU", tmp_path)[1]
 
 
+ORIGIN = ("Some GPU", "abc", "torch 2", "2030-01-01")
+
+
+def times(report, shape, stage, impl, ms, error=1e-3):
+    return report.Row(shape, stage, impl, ms, ms, ms, 100 / ms, 0.5, 10.0, 1.0, error, 700.0, "", *ORIGIN)
+
+
+def test_defaults_are_what_was_measured_on_every_shape_and_is_right(report):
+    rows = [
+        times(report, shape, stage, impl, factor * ms, error)
+        for shape, factor in (("A teacher", 1), ("B teacher", 4))
+        for stage, impl, ms, error in (
+            ("forward+backward", "chunks:sdpa", 3.0, 1e-3),
+            ("forward+backward", "triton:tma", 2.0, 4e-3),
+            ("forward+backward", "triton:pointer", 1.0, 0.3),  # fast and wrong
+            ("forward+backward", "varlen:torch", 1.0, math.nan),
+            ("forward+backward", "flex_padded", 1.0, 1e-3),
+            ("forward", "flex", 1.0, 1e-3),
+        )
+    ]
+    rows += [times(report, "A teacher", "forward+backward", "chunks:cudnn", 0.1)]  # on one shape only
+    rows += [times(report, "A plain", "forward+backward", "reference", 0.1)]
+    rows += [
+        times(report, "cached step", "forward", f"cached:{impl}", ms) for impl, ms in (("sdpa", 2.0), ("triton", 1.0))
+    ]
+    found = report.measured_defaults(rows, "Some GPU", 90, "bfloat16")
+    assert [(row.operation, row.impl, row.median_ms) for row in found] == [
+        ("block_causal_attention", "triton:tma", 4.0),
+        ("block_causal_attention", "chunks:sdpa", 6.0),
+        ("cached_attention", "triton", 1.0),
+        ("cached_attention", "sdpa", 2.0),
+    ]
+    assert {(row.device, row.capability, row.dtype, row.commit) for row in found} == {
+        ("Some GPU", 90, "bfloat16", "abc")
+    }
+    assert found[0].shapes == "A teacher; B teacher"
+
+
+def test_new_defaults_replace_those_of_the_same_device_only(report, tmp_path):
+    from afd_kernels.attention_defaults import DefaultRow, read_table
+
+    path = tmp_path / "defaults.csv"
+    path.write_text(",".join(DefaultRow.__dataclass_fields__) + "\n")
+
+    def row(device, impl, ms):
+        return DefaultRow(
+            "cached_attention", device, 90, "bfloat16", impl, ms, "a; b", "abc", "torch 2, cuda 13", "2030-01-01"
+        )
+
+    report.write_defaults([row("B", "sdpa", 2.0), row("B", "triton", 1.0)], path)
+    report.write_defaults([row("A", "flash3", 5.0)], path)
+    assert read_table(path) == [row("A", "flash3", 5.0), row("B", "triton", 1.0), row("B", "sdpa", 2.0)]
+    report.write_defaults([row("B", "flash2", 3.0)], path)
+    assert read_table(path) == [row("A", "flash3", 5.0), row("B", "flash2", 3.0)]
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_defaults_it_measured(tmp_path):
+    from afd_kernels.attention_defaults import TABLE, read_table
+
+    table = tmp_path / "defaults.csv"
+    table.write_text(TABLE.read_text().splitlines()[0] + "\n")
+    impls = ["--impl", "reference", "chunks:sdpa"]
+    places = ["--results", str(tmp_path), "--write_defaults", "--defaults", str(table)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "benchmarks" / "attention.py"), *impls, *places]
+    subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=True)
+    rows = read_table(table)
+    assert [(row.device, row.dtype, row.impl) for row in rows] == [
+        ("cpu", "float32", "chunks:sdpa"),
+        ("cpu", "float32", "reference"),
+    ]
+    result = subprocess.run(
+        [*command, "--shapes", "smoke"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "--write_defaults must have the shapes wan or tiny, got smoke" in result.stderr
+
+
 def test_a_table_of_other_columns_is_refused(report, tmp_path):
     path = tmp_path / "old.csv"
     path.write_text("shape,ms\nx,1\n")

@@ -122,6 +122,16 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
             {},
             "student.attention_impl: the chunks backend must be one of flash3, flash2, sdpa, cudnn, hub, got 'fast'",
         ),
+        (
+            ["student.attention_impl=chunks:flash3"],
+            {},
+            "student.attention_impl: attention backend 'flash3' is not installed; to install it: build ",
+        ),
+        (
+            ["student.attention_impl=triton"],
+            {"shape": {"head_dim": 16}},
+            "student.attention_impl: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1 on CPU), got cpu",
+        ),
         (["video.height=18"], {}, "video.height and video.width must be divisible by 4 for codec dct, got 18 x 16"),
         (
             ["video.height=20"],

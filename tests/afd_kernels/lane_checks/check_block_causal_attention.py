@@ -7,8 +7,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from afd_kernels import BlockCausalLayout, block_causal_attention
+from afd_kernels.attention_plans import Plan, Tiles, choose_plan, compute_capability, variants_of
 from afd_kernels.block_causal_attention_reference import block_causal_attention_reference
-from afd_kernels.block_causal_attention_triton import Plan, Tiles, block_causal_attention_triton
+from afd_kernels.block_causal_attention_triton import block_causal_attention_triton
 from afd_kernels.dispatch import is_interpreting
 from afd_kernels.testing import (
     ERROR_CAPS,
@@ -19,6 +20,7 @@ from afd_kernels.testing import (
 )
 
 DEVICE = "cpu" if is_interpreting() else "cuda"
+VARIANTS = variants_of(compute_capability(torch.device(DEVICE)))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PLAIN = BlockCausalLayout(5, 20, 1)
 WINDOW = BlockCausalLayout(5, 13, 1, window_frames=2, sink_frames=1)
@@ -28,10 +30,10 @@ EVERYTHING = BlockCausalLayout(
 )  # three key ranges, and a window that opens inside a chunk
 RAGGED = BlockCausalLayout(5, 60, 1)
 SMALL = Tiles(32, 16, 4, 1)
-UNEVEN = Plan(SMALL, Tiles(16, 32, 4, 1), SMALL)
-DESCRIPTORS = Plan(*[Tiles(32, 16, 4, 1, tma=True)] * 3)
+UNEVEN = Plan(SMALL, Tiles(16, 32, 4, 1), SMALL, SMALL)
+DESCRIPTORS = Plan(*[Tiles(32, 16, 4, 1, tma=True)] * 4)
 SPECIALIZED = Plan(
-    Tiles(32, 32, 4, 1, tma=True, specialize=True), Tiles(16, 16, 4, 1), Tiles(32, 32, 4, 1, tma=True)
+    Tiles(32, 32, 4, 1, tma=True, specialize=True), Tiles(16, 16, 4, 1), Tiles(32, 32, 4, 1, tma=True), SMALL
 )  # fmt: skip
 
 if is_interpreting():
@@ -107,6 +109,12 @@ def test_shipped_tiles_match_the_oracle_on_ragged_chunks(head_dim):
 @pytest.mark.parametrize("layout", [RAGGED, BlockCausalLayout(6, 61, 3, teacher_forcing=True), EVERYTHING], ids=str)
 def test_every_shape_matches_the_oracle(layout, head_dim, dtype):
     check(layout, head_dim, dtype, batch=2)
+
+
+@pytest.mark.parametrize(("capability", "variant"), [(80, "pointer"), (100, "tma"), (120, "tma"), (120, "pointer")])
+def test_tiles_of_other_devices_match_the_oracle(capability, variant):
+    plan = choose_plan(128, torch.bfloat16, variant, capability)
+    check(BlockCausalLayout(6, 61, 3, teacher_forcing=True), 128, torch.bfloat16, plan, heads=1)
 
 
 @pytest.mark.parametrize("layout", [WINDOW, EVERYTHING], ids=str)
@@ -186,7 +194,7 @@ def draw_wan(heads=12):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["tma", "specialized", "pointer"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_wan_shapes_match_the_chunk_loop_and_repeat_exactly(variant):
     q, k, v, upstream = draw_wan(heads=2)
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -202,7 +210,7 @@ def test_wan_shapes_match_the_chunk_loop_and_repeat_exactly(variant):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["tma", "specialized", "pointer"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_thousand_launches_do_not_hang(variant):
     layout = BlockCausalLayout(6, 100, 2, teacher_forcing=True)
     inputs, upstream = draw(layout, 128, torch.bfloat16)
