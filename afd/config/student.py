@@ -199,7 +199,7 @@ _RUNS_CHOICE = frozenset({"chunk_frames", "first_chunk_frames", "window_frames",
 
 
 def configured_shape(shape: StudentShape, section: StudentSection) -> StudentShape:
-    """A file's dimensions with the run's own choice of chunks, window and sink.
+    """A file's dimensions with the run's own choice of chunks, window, sink and implementation of attention.
 
     Raises:
         ValueError: the section contradicts the file about something that its weights were made for.
@@ -208,4 +208,7 @@ def configured_shape(shape: StudentShape, section: StudentSection) -> StudentSha
     for name, value in given.items():
         if name not in _RUNS_CHOICE and value != getattr(shape, name):
             raise ValueError(f"student.{name} must be {getattr(shape, name)}, as in the student's file, got {value}")
-    return StudentShape(**shape.model_dump() | {name: given[name] for name in given if name in _RUNS_CHOICE})
+    chosen = {name: given[name] for name in given if name in _RUNS_CHOICE}
+    if section.attention_impl is not None:
+        chosen["attention_impl"] = section.attention_impl
+    return StudentShape(**shape.model_dump() | chosen)

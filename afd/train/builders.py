@@ -121,8 +121,6 @@ def train_ready(student: CausalStudent, config: RunConfig) -> CausalStudent:
 def prepare_student(student: CausalStudent, config: RunConfig) -> CausalStudent:
     """Give a student what the run's configuration asks for beyond its weights; in place."""
     student.shape = configured_shape(student.shape, config.student)
-    if config.student.attention_impl is not None:
-        student.shape = student.shape.model_copy(update={"attention_impl": config.student.attention_impl})
     lora = config.student.lora
     if lora.rank:
         with torch.random.fork_rng(devices=[]):

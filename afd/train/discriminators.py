@@ -78,8 +78,6 @@ def _load_backbone(config: RunConfig, plan: RunPlan, ds_config: DSConfig) -> Cau
     file = open_student(plan.student_path, config.student.model_dump())
     layers = config.discriminator.backbone.taps(file.shape.num_layers)
     shape = backbone_shape(configured_shape(file.shape, config.student), layers)
-    if config.student.attention_impl is not None:
-        shape = shape.model_copy(update={"attention_impl": config.student.attention_impl})
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
         backbone = build_sharded(lambda: CausalStudent(shape), ds_config)
         fill_student(backbone, file.source, write_shard)

@@ -104,7 +104,7 @@ def plan_run(
         num_gpus=world_size,
         gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
     )
-    _check_attention(config, shape, ds_student)
+    check_attention(config, shape, engine_dtype(ds_student), _local_device())
     _check_teacher(config, student_batch[0])
     _check_zero(ds_student, *ds_configs[2:])
     check_lr_owner(config, ds_student, ds_discriminator)
@@ -178,14 +178,17 @@ def _check_shapes(config: RunConfig, shape: StudentShape, latents: tuple[int, in
             raise ConfigError(f"{owner} must be {text_dim}, the width of the text encoder {folder.name}, got {got}")
 
 
-def _check_attention(config: RunConfig, shape: StudentShape, ds_student: DSConfig) -> None:
+def check_attention(config: RunConfig, shape: StudentShape, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse an implementation of attention that is not installed, or does not train on the device in the dtype.
+
+    Raises:
+        ConfigError: it names the key.
+    """
     impl = config.student.attention_impl or shape.attention_impl
     if impl is None:
         return
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
     try:
-        check_impl(impl, device, engine_dtype(ds_student), shape.head_dim)
+        check_impl(impl, device, dtype, shape.head_dim)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"student.attention_impl: {error}") from error
 
@@ -212,10 +215,16 @@ def _check_shards(config: RunConfig) -> None:
             raise ConfigError(f"shard folder {folder} must hold index.json, which is missing (write one: afd prepare)")
 
 
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def local_memory(world_size: int) -> tuple[int, str]:
     """Bytes that this rank may allocate, and where: its GPU's, or its share of the machine's memory."""
-    if torch.cuda.is_available():
-        device = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _local_device()
+    if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return int(total * ASSUMED.usable_memory), torch.cuda.get_device_name(device)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))

@@ -27,8 +27,9 @@ from afd.distributed import seeded_generator
 from afd.models.dct_codec import DCTCodec
 from afd.models.encoders import TextEncoder, save_tiny_text_encoder
 from afd.models.student import CausalStudent
-from afd.models.weights import load_student, read_student_note, save_student
+from afd.models.weights import load_student, read_student_note, read_student_shape, save_student
 from afd.teachers.physics import prompt_vocabulary, simulate_batch, training_prompts
+from afd.train.preflight import check_attention
 
 logger = logging.getLogger(__name__)
 
@@ -192,8 +193,14 @@ def make_base_student(config: RunConfig, out: Path) -> None:
     `multi_step.safetensors` (float32) is stage 1's result; a second call in the same folder with the same settings
     starts from it. Deterministic for a given configuration, torch build and processor: one thread, because the order
     of a sum depends on their number.
+
+    Raises:
+        ConfigError: student.attention_impl does not train here.
     """
     torch.set_num_threads(1)
+    start = config.pretrain.start_from
+    shape = StudentShape() if start is None else read_student_shape(start, config.student.model_dump())
+    check_attention(config, configured_shape(shape, config.student), torch.float32, torch.device("cpu"))
     save_tiny_text_encoder(
         out / "text_encoder", prompt_vocabulary(), text_dim=StudentShape().text_dim, seed=config.seed
     )

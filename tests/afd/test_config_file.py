@@ -219,9 +219,9 @@ def test_every_field_is_documented() -> None:
 
 def test_a_student_section_may_choose_how_it_attends_and_must_agree_about_the_rest() -> None:
     shape = StudentShape(num_layers=2, chunk_frames=3)
-    section = StudentSection(num_layers=2, chunk_frames=1, window_frames=4, sink_frames=1)
+    section = StudentSection(num_layers=2, chunk_frames=1, window_frames=4, sink_frames=1, attention_impl="reference")
     assert configured_shape(shape, section) == shape.model_copy(
-        update={"chunk_frames": 1, "window_frames": 4, "sink_frames": 1}
+        update={"chunk_frames": 1, "window_frames": 4, "sink_frames": 1, "attention_impl": "reference"}
     )
     with pytest.raises(ValueError, match=r"student\.num_heads must be 2, as in the student's file, got 3"):
         configured_shape(shape, StudentSection(num_heads=3))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from afd.config import StudentShape
-from afd.config_file import load_config
+from afd.config_file import ConfigError, load_config
 from afd.models import attention
 from afd.models.student import CausalStudent
 from afd.train.builders import prepare_student
+from afd.train.pretrain import make_base_student
 
 
 @pytest.mark.parametrize(("text", "expected"), [("student: {attention_impl: reference}", "reference"), ("", None)])
@@ -34,3 +35,10 @@ def test_the_yaml_key_reaches_every_block(
     with torch.no_grad():
         student(video, torch.full((1, 4), 0.5), torch.zeros(1, shape.text_len, shape.text_dim), clean=video)
     assert seen == [expected] * 2
+
+
+def test_pretraining_refuses_what_does_not_train_here_before_it_writes(tmp_path: Path) -> None:
+    config = load_config(None, ["student.attention_impl=chunks:flash3"])
+    with pytest.raises(ConfigError, match=r"^student\.attention_impl: attention backend 'flash3' is not installed"):
+        make_base_student(config, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
