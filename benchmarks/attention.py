@@ -340,7 +340,11 @@ def main() -> int:
     print(table)
     print(f"wrote {stem}.csv, .md and .png")
     if arguments.write_defaults:
-        write_defaults(defaults_from(read_rows(stem.with_suffix(".csv")), arguments.shapes), arguments.defaults)
+        defaults = defaults_from(read_rows(stem.with_suffix(".csv")), arguments.shapes)
+        if not defaults:
+            print("no implementation was measured on every shape: the defaults stay as they are")
+            return 1
+        write_defaults(defaults, arguments.defaults)
         print(f"wrote {arguments.defaults}")
     return 0
 
