@@ -47,11 +47,12 @@ from afd_kernels.attention_plans import compute_capability
 from afd_kernels.testing import relative_error
 
 IMPLS = (
-    "reference", "chunks:sdpa", "chunks:cudnn", "chunks:flash2", "chunks:flash3", "chunks:hub", "flex", PADDED,
-    "varlen:flash2", "varlen:flash3", "varlen:torch", "triton:tma", "triton:specialized", "triton:pointer",
+    "reference", "chunks:sdpa", "chunks:cudnn", "chunks:flash2", "chunks:flash3", "chunks:hub2", "chunks:hub3",
+    "flex", PADDED, "varlen:flash2", "varlen:flash3", "varlen:torch", "varlen:hub2", "varlen:hub3",
+    "triton:tma", "triton:specialized", "triton:pointer",
 )  # fmt: skip
 CPU_IMPLS = ("reference", "chunks:sdpa", "flex")
-CACHED_IMPLS = ("sdpa", "cudnn", "flash2", "flash3", "triton")
+CACHED_IMPLS = ("sdpa", "cudnn", "flash2", "flash3", "hub2", "hub3", "triton")
 
 
 class CachedSize(NamedTuple):

@@ -49,9 +49,10 @@ def block_causal_attention(
         q, k, v: [B, heads, N, D], N == layout.num_tokens; any batch and head strides. With teacher forcing the clean
             frames come first, then the noisy ones.
         layout: who sees whom.
-        impl: `reference`; `triton[:tma|specialized|pointer]`; `chunks[:flash3|flash2|sdpa|cudnn|hub]`;
-            `varlen[:flash3|flash2|torch]`; `flex`. Without a suffix the best installed one, or the device's preferred
-            variant. None for the fastest that was measured on the device and can run here (`attention_defaults`).
+        impl: `reference`; `triton[:tma|specialized|pointer]`; `chunks[:flash3|flash2|sdpa|cudnn|hub3|hub2]`;
+            `varlen[:flash3|flash2|torch|hub3|hub2]`; `flex`. Without a suffix the best installed one, or the device's
+            preferred variant. None for the fastest that was measured on the device and can run here
+            (`attention_defaults`).
         scale: None for 1 / sqrt(D).
     Returns:
         [B, heads, N, D] in q's dtype.
@@ -88,7 +89,7 @@ def check_impl(impl: str, device: torch.device, dtype: torch.dtype, head_dim: in
 
     Raises:
         ValueError: it is unknown, or does not take the device, dtype or head dimension.
-        ImportError: it is not installed; the text says how to install it.
+        ImportError: it is not installed (the text says how to install it), or does not load.
     """
     from afd_kernels import block_causal_attention_backends as backends
     from afd_kernels.block_causal_attention_flex import FLEX_NEEDS_CUDA
@@ -99,11 +100,7 @@ def check_impl(impl: str, device: torch.device, dtype: torch.dtype, head_dim: in
         check_support(device, dtype, head_dim, option or None)
     elif name == "varlen" or (name == "chunks" and option):
         choices = backends.VARLEN_BACKENDS if name == "varlen" else backends.DENSE_BACKENDS
-        backend = option or backends.best_varlen_backend()
-        backends.check_backend(backend, choices)
-        backends.check_dtype(backend, dtype)
-        if backend != "sdpa" and device.type != "cuda":
-            raise ValueError(f"impl={impl!r} needs CUDA tensors, got {device}")
+        backends.check_usable(option or backends.best_varlen_backend(), choices, device, dtype)
     elif name == "flex" and device.type != "cuda":
         raise ValueError(FLEX_NEEDS_CUDA)
 

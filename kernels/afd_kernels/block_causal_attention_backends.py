@@ -1,7 +1,8 @@
-"""Dense attention kernels that may or may not be installed: FlashAttention 3 and 2, a Hugging Face kernel, PyTorch.
+"""Dense attention kernels that may or may not be installed: FlashAttention 3 and 2, built or from the Hugging Face hub,
+and PyTorch's.
 
-Owns finding them and their calling conventions; imports nothing optional until it is asked for. All of them are
-maskless; scores, masks and chunks are their callers' business.
+Owns finding and loading them and their calling conventions; imports nothing optional until it is asked for. All of them
+are maskless; scores, masks and chunks are their callers' business.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +19,21 @@ from torch import Tensor
 
 from afd_kernels.block_causal_attention_chunks import DenseAttention, sdpa
 
-DENSE_BACKENDS = ("flash3", "flash2", "sdpa", "cudnn", "hub")
-VARLEN_BACKENDS = ("flash3", "flash2", "torch")
+logger = logging.getLogger(__name__)
+
+# In order of preference where nothing is measured: what needs a download is never taken unasked.
+DENSE_BACKENDS = ("flash3", "flash2", "sdpa", "cudnn", "hub3", "hub2")
+VARLEN_BACKENDS = ("flash3", "flash2", "torch", "hub3", "hub2")
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
-HUB_REPOSITORY = "kernels-community/flash-attn3"
-_MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "hub": "kernels"}
+# Repository and major version, which the `kernels` package requires since 0.15; the versions are diffusers'.
+HUB_KERNELS = {"hub3": ("kernels-community/flash-attn3", 1), "hub2": ("kernels-community/flash-attn2", 3)}
+_MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", **dict.fromkeys(HUB_KERNELS, "kernels")}
+_HUB_HELP = "pip install -e '.[hub]' (Hugging Face's `kernels` package; it downloads the built kernel on first use)"
 _INSTALL = {
     "flash3": "build FlashAttention's `hopper` folder (github.com/Dao-AILab/flash-attention), "
     "which installs `flash_attn_interface`",
     "flash2": "pip install -e '.[cuda]' (flash-attn; needs nvcc or a matching wheel)",
-    "hub": "pip install kernels (the Hugging Face package; it downloads the kernel on first use)",
+    **dict.fromkeys(HUB_KERNELS, _HUB_HELP),
     "cudnn": "use a CUDA build of torch with cuDNN",
     "torch": "use a CUDA build of torch >= 2.10",
 }
@@ -55,9 +62,56 @@ def check_backend(backend: str, choices: tuple[str, ...]) -> None:
         raise ImportError(f"attention backend {backend!r} is not installed; to install it: {_INSTALL[backend]}")
 
 
+def check_usable(backend: str, choices: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
+    """Check that a backend is installed, takes such inputs, and loads.
+
+    Raises:
+        ValueError: unknown backend, or one that does not take the device or dtype.
+        ImportError: it is not installed, or does not load.
+    """
+    check_backend(backend, choices)
+    check_dtype(backend, dtype)
+    if backend == "sdpa":
+        return
+    if device.type != "cuda":
+        raise ValueError(f"attention backend {backend!r} needs CUDA tensors, got {device}")
+    if backend in _MODULES:
+        _library(backend)
+
+
+def _library(backend: str) -> Any:
+    """The module of a library that is installed.
+
+    Raises:
+        ImportError: it does not load: built for another torch or GPU, or not to be downloaded.
+    """
+    try:
+        if backend in HUB_KERNELS:
+            repository, version = HUB_KERNELS[backend]
+            return importlib.import_module("kernels").get_kernel(repository, version=version)
+        return importlib.import_module(_MODULES[backend])
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        raise ImportError(f"attention backend {backend!r} is installed but does not load: {text}") from error
+
+
+@functools.cache
+def _loads(backend: str) -> bool:
+    """Whether a backend is installed and can be imported; an installed one that cannot is warned of."""
+    if not is_installed(backend):
+        return False
+    if backend in _MODULES:
+        try:
+            _library(backend)
+        except ImportError as error:
+            logger.warning("%s", error)
+            return False
+    return True
+
+
 def best_dense_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The first installed backend of DENSE_BACKENDS; `sdpa` on CPU and for more than half precision."""
-    return next(filter(is_installed, DENSE_BACKENDS)) if device.type == "cuda" and dtype in FLASH_DTYPES else "sdpa"
+    """The first of DENSE_BACKENDS that is installed and loads; `sdpa` on CPU and for more than half precision."""
+    return next(filter(_loads, DENSE_BACKENDS)) if device.type == "cuda" and dtype in FLASH_DTYPES else "sdpa"
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -73,7 +127,7 @@ def dense_backend(backend: str) -> DenseAttention:
 
     Raises:
         ValueError: unknown backend.
-        ImportError: not installed; the text says how to install it.
+        ImportError: it is not installed (the text says how to install it), or does not load.
     The function it returns raises a ValueError for a dtype the backend does not take.
     """
     check_backend(backend, DENSE_BACKENDS)
@@ -81,10 +135,7 @@ def dense_backend(backend: str) -> DenseAttention:
         return sdpa
     if backend == "cudnn":
         return _cudnn
-    if backend == "hub":
-        flash = importlib.import_module("kernels").get_kernel(HUB_REPOSITORY).flash_attn_func
-    else:
-        flash = importlib.import_module(_MODULES[backend]).flash_attn_func
+    flash = _library(backend).flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         check_dtype(backend, q.dtype)
@@ -95,15 +146,15 @@ def dense_backend(backend: str) -> DenseAttention:
 
 
 def best_varlen_backend() -> str:
-    """The first installed backend of VARLEN_BACKENDS.
+    """The first of VARLEN_BACKENDS that is installed and loads.
 
     Raises:
-        ImportError: none is installed; the text says how to install one.
+        ImportError: there is none; the text says how to install one.
     """
     for backend in VARLEN_BACKENDS:
-        if is_installed(backend):
+        if _loads(backend):
             return backend
-    raise ImportError(f"impl='varlen' needs a varlen kernel; to install one: {_INSTALL['flash2']}")
+    raise ImportError(f"impl='varlen' needs a varlen kernel; to install one: {_INSTALL['flash2']}, or {_HUB_HELP}")
 
 
 @functools.cache
@@ -112,7 +163,7 @@ def varlen_backend(backend: str) -> VarlenAttention:
 
     Raises:
         ValueError: unknown backend.
-        ImportError: not installed; the text says how to install it.
+        ImportError: it is not installed (the text says how to install it), or does not load.
     """
     check_backend(backend, VARLEN_BACKENDS)
     if backend == "torch":
@@ -127,7 +178,7 @@ def varlen_backend(backend: str) -> VarlenAttention:
             return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
 
         return attend_torch
-    flash = importlib.import_module(_MODULES[backend]).flash_attn_varlen_func
+    flash = _library(backend).flash_attn_varlen_func
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,

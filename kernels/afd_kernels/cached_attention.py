@@ -16,7 +16,7 @@ from afd_kernels.attention_defaults import default_impl
 from afd_kernels.block_causal_attention_reference import dense_attention_reference
 from afd_kernels.layout import Range
 
-IMPLS = ("reference", "sdpa", "flash3", "flash2", "cudnn", "hub", "triton")
+IMPLS = ("reference", "sdpa", "flash3", "flash2", "cudnn", "hub3", "hub2", "triton")
 
 
 def cached_attention(
@@ -68,13 +68,14 @@ def _default(device: torch.device, dtype: torch.dtype, head_dim: int, num_ranges
     from afd_kernels.block_causal_attention_triton import check_support
 
     def is_usable(name: str) -> bool:
-        if name != "triton":
-            return backends.is_installed(name) and (name == "sdpa" or dtype in backends.FLASH_DTYPES)
         try:
-            check_support(device, dtype, head_dim)
-        except ValueError:
+            if name == "triton":
+                check_support(device, dtype, head_dim)
+                return num_ranges <= 2 and not wants_grad
+            backends.check_usable(name, backends.DENSE_BACKENDS, device, dtype)
+        except (ValueError, ImportError):
             return False
-        return num_ranges <= 2 and not wants_grad
+        return True
 
     fallback = backends.best_dense_backend(device, dtype)
     return default_impl("cached_attention", device, dtype, is_usable, fallback)

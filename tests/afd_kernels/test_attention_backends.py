@@ -5,6 +5,7 @@ gradients by the published formulae instead of autograd. What they cannot show i
 """
 
 import importlib.machinery
+import inspect
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 from afd_kernels import BlockCausalLayout, block_causal_attention, block_causal_attention_backends, cached_attention
+from afd_kernels.block_causal_attention import check_impl
 from afd_kernels.block_causal_attention_backends import (
     DENSE_BACKENDS,
-    HUB_REPOSITORY,
+    HUB_KERNELS,
     VARLEN_BACKENDS,
+    _loads,
     best_dense_backend,
     best_varlen_backend,
     dense_backend,
@@ -125,7 +128,7 @@ def module(name: str, **members: Any) -> ModuleType:
 
 
 def forget_what_is_installed() -> None:
-    for cached in (is_installed, dense_backend, varlen_backend):
+    for cached in (is_installed, _loads, dense_backend, varlen_backend):
         cached.cache_clear()
 
 
@@ -133,9 +136,13 @@ def forget_what_is_installed() -> None:
 def installed(monkeypatch):
     """Every optional library there is, as a stand-in that takes float64."""
 
-    def get_kernel(repository: str) -> SimpleNamespace:
-        assert repository == HUB_REPOSITORY
-        return SimpleNamespace(flash_attn_func=flash3_dense)
+    built = {
+        HUB_KERNELS["hub3"]: SimpleNamespace(flash_attn_func=flash3_dense, flash_attn_varlen_func=flash3_varlen),
+        HUB_KERNELS["hub2"]: SimpleNamespace(flash_attn_func=flash2_dense, flash_attn_varlen_func=flash2_varlen),
+    }
+
+    def get_kernel(repo_id: str, *, version: int) -> SimpleNamespace:
+        return built[repo_id, version]
 
     members = {
         "flash_attn": {"flash_attn_func": flash2_dense, "flash_attn_varlen_func": flash2_varlen},
@@ -179,7 +186,8 @@ def with_grads(layout, impl, scale):
 @pytest.mark.parametrize("scale", [None, 0.2])
 def test_every_library_gives_the_reference_with_gradients(layout, scale):
     expected = with_grads(layout, "reference", scale)
-    impls = ["chunks:flash3", "chunks:flash2", "chunks:hub", *(f"varlen:{backend}" for backend in VARLEN_BACKENDS)]
+    dense = [f"chunks:{backend}" for backend in ("flash3", "flash2", "hub3", "hub2")]
+    impls = [*dense, *(f"varlen:{backend}" for backend in VARLEN_BACKENDS)]
     for impl in [*impls, "varlen"]:
         for name, got in with_grads(layout, impl, scale).items():
             torch.testing.assert_close(
@@ -188,7 +196,7 @@ def test_every_library_gives_the_reference_with_gradients(layout, scale):
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("impl", ["flash3", "flash2", "hub"])
+@pytest.mark.parametrize("impl", ["flash3", "flash2", "hub3", "hub2"])
 def test_cached_attention_calls_every_library(impl):
     q, k, v = (torch.randn(2, 3, rows, 8, dtype=torch.float64) for rows in (4, 9, 9))
     ranges = ((0, 2), (5, 9))
@@ -205,7 +213,9 @@ def test_the_best_installed_library_is_chosen():
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("impl", ["chunks:flash2", "chunks:flash3", "chunks:hub", "varlen:flash2", "varlen:torch"])
+@pytest.mark.parametrize(
+    "impl", ["chunks:flash2", "chunks:flash3", "chunks:hub3", "varlen:flash2", "varlen:torch", "varlen:hub2"]
+)
 def test_libraries_for_half_precision_refuse_the_rest(impl):
     layout = LAYOUTS[0]
     x = torch.zeros(1, 2, layout.num_tokens, 8)
@@ -219,7 +229,8 @@ def test_libraries_for_half_precision_refuse_the_rest(impl):
     [
         ("chunks:flash2", r"pip install -e '\.\[cuda\]'"),
         ("chunks:flash3", "build FlashAttention's `hopper` folder"),
-        ("chunks:hub", "pip install kernels"),
+        ("chunks:hub3", r"pip install -e '\.\[hub\]'"),
+        ("varlen:hub2", r"pip install -e '\.\[hub\]'"),
         ("chunks:cudnn", "use a CUDA build of torch with cuDNN"),
         ("varlen:flash2", r"pip install -e '\.\[cuda\]'"),
         ("varlen:flash3", "build FlashAttention's `hopper` folder"),
@@ -240,5 +251,32 @@ def test_what_is_not_installed_says_how_to_install_it(impl, how):
 def test_a_folder_named_kernels_is_not_the_package(monkeypatch):
     namespace = importlib.machinery.ModuleSpec("kernels", None, is_package=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: namespace if name == "kernels" else None)
-    assert not is_installed("hub")
+    assert not is_installed("hub3")
     assert set(filter(is_installed, DENSE_BACKENDS)) == {"sdpa"}
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_library_that_does_not_load_is_warned_of_and_passed_over(monkeypatch, caplog):
+    def import_module(name: str) -> ModuleType:
+        if name == "flash_attn_interface":
+            raise OSError("undefined symbol: _ZN3c104cuda9SetDeviceEa")
+        return sys.modules[name]
+
+    monkeypatch.setattr(block_causal_attention_backends.importlib, "import_module", import_module)
+    message = "attention backend 'flash3' is installed but does not load: OSError: undefined symbol: _ZN3c104"
+    cuda = torch.device("cuda")
+    assert best_dense_backend(cuda, torch.float64) == "flash2"
+    assert best_varlen_backend() == "flash2"
+    assert [record.message[: len(message)] for record in caplog.records] == [message]
+    with pytest.raises(ImportError, match=message):
+        check_impl("chunks:flash3", cuda, torch.float64, 64)
+    check_impl("chunks:flash2", cuda, torch.float64, 64)
+    check_impl("varlen", cuda, torch.float64, 64)
+
+
+def test_torch_has_the_varlen_interface_that_is_called():
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert "scale" in names

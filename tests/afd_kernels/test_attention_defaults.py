@@ -97,7 +97,7 @@ def test_what_is_installed_may_still_not_take_the_inputs(monkeypatch):
     monkeypatch.setattr(block_causal_attention_backends, "is_installed", lambda backend: True)
     with pytest.raises(ValueError, match=r"attention backend 'flash3' takes float16 or bfloat16, got torch\.float32"):
         check_impl("chunks:flash3", torch.device("cuda"), torch.float32, 64)
-    with pytest.raises(ValueError, match="impl='varlen' needs CUDA tensors, got cpu"):
-        check_impl("varlen", torch.device("cpu"), torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="attention backend 'flash3' needs CUDA tensors, got cpu"):
+        check_impl("varlen:flash3", torch.device("cpu"), torch.bfloat16, 64)
     for impl in ("reference", "chunks", "chunks:sdpa"):
         check_impl(impl, torch.device("cpu"), torch.float64, 24)

@@ -163,7 +163,9 @@ def test_every_name_of_an_implementation_is_known_before_it_runs():
     assert parse_impl("chunks:flash3") == ("chunks", "flash3")
     with pytest.raises(ValueError, match="the triton variant must be one of tma, specialized, pointer, got 'fast'"):
         parse_impl("triton:fast")
-    with pytest.raises(ValueError, match="the varlen backend must be one of flash3, flash2, torch, got 'sdpa'"):
+    with pytest.raises(
+        ValueError, match="the varlen backend must be one of flash3, flash2, torch, hub3, hub2, got 'sdpa'"
+    ):
         parse_impl("varlen:sdpa")
 
 
@@ -182,7 +184,7 @@ def test_wrong_inputs_are_named():
         block_causal_attention(x, x, x, layout, impl="magic")
     with pytest.raises(ValueError, match=r"impl must be one of .*, got 'flex:fast'"):
         block_causal_attention(x, x, x, layout, impl="flex:fast")
-    with pytest.raises(ValueError, match=r"backend must be one of flash3, flash2, sdpa, cudnn, hub, got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of flash3, flash2, sdpa, cudnn, hub3, hub2, got 'fast'"):
         block_causal_attention(x, x, x, layout, impl="chunks:fast")
 
 

@@ -120,7 +120,8 @@ def test_a_good_run_is_resolved(plan: Plan, tmp_path: Path) -> None:
         (
             ["student.attention_impl=chunks:fast"],
             {},
-            "student.attention_impl: the chunks backend must be one of flash3, flash2, sdpa, cudnn, hub, got 'fast'",
+            "student.attention_impl: the chunks backend must be one of flash3, flash2, sdpa, cudnn, hub3, hub2, "
+            "got 'fast'",
         ),
         (
             ["student.attention_impl=chunks:flash3"],
