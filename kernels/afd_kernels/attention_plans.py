@@ -1,4 +1,4 @@
-"""Tile shapes of the attention kernels, per device: which spill nothing and fit a block's shared memory.
+"""Tile shapes of the attention kernels, per device: which spill nothing and fit a block's shared memory; key splits.
 
 Owns the choice; the launches are in `block_causal_attention_triton` and `cached_attention_triton`. The machine code
 that every row below becomes is checked by the tests, device by device; its speed is unmeasured.
@@ -14,6 +14,7 @@ import torch
 
 VARIANTS = ("tma", "specialized", "pointer")
 OLDEST_CAPABILITY = 80
+MAX_SPLITS = 8
 INTERPRETED_CAPABILITY = 90  # what Triton's interpreter stands in for: the checks on a CPU walk Hopper's tiles
 
 
@@ -140,3 +141,24 @@ def check_variant(variant: str | None, capability: int) -> str:
         text = f"the triton variant must be one of {', '.join(possible)}"
         raise ValueError(f"{text} for compute capability {capability / 10}, got {variant!r}")
     return variant or possible[0]
+
+
+def choose_splits(programs: int, key_tiles: int, processors: int) -> int:
+    """Fewest splits that keep the processors within 10 % of as busy as any number of splits could.
+
+    Args:
+        programs: query tiles x batch x heads, without splitting.
+        key_tiles: key tiles each of them walks; a split gets at least two.
+        processors: of the device.
+    Returns:
+        1 to MAX_SPLITS.
+    """
+    most = max(1, min(MAX_SPLITS, key_tiles // 2))
+    busy = [programs * s / (-(-programs * s // processors) * processors) for s in range(1, most + 1)]
+    return next(s for s, share in enumerate(busy, 1) if share >= 0.9 * max(busy))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 for a CPU, so that the checks on one split too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd_kernels.attention_plans import choose_splits, processors
 from afd_kernels.block_causal_attention_chunks import DenseAttention, sdpa
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 # Repository and major version, which the `kernels` package requires since 0.15; the versions are diffusers'.
 HUB_KERNELS = {"hub3": ("kernels-community/flash-attn3", 1), "hub2": ("kernels-community/flash-attn2", 3)}
 _MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", **dict.fromkeys(HUB_KERNELS, "kernels")}
+_SPLITS_ON_REQUEST = ("flash3", "hub3")  # version 2 and PyTorch's copy of it split the keys where queries are few
 _HUB_HELP = "pip install -e '.[hub]' (Hugging Face's `kernels` package; it downloads the built kernel on first use)"
 _INSTALL = {
     "flash3": "build FlashAttention's `hopper` folder (github.com/Dao-AILab/flash-attention), "
@@ -139,10 +141,18 @@ def dense_backend(backend: str) -> DenseAttention:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         check_dtype(backend, q.dtype)
-        out = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale)
+        options = {"num_splits": _key_splits(q, k)} if backend in _SPLITS_ON_REQUEST else {}
+        out = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale, **options)
         return _first(out).transpose(1, 2)
 
     return attend
+
+
+def _key_splits(q: Tensor, k: Tensor) -> int:
+    """Splits of the keys where tiles of 128 queries leave processors idle (less than two rounds); else one."""
+    programs = q.shape[0] * q.shape[1] * -(-q.shape[2] // 128)
+    available = processors(q.device)
+    return choose_splits(programs, -(-k.shape[2] // 128), available) if programs < 2 * available else 1
 
 
 def best_varlen_backend() -> str:

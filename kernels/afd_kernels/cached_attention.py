@@ -35,7 +35,7 @@ def cached_attention(
         k, v: [B, heads, Nk, D], cached and own keys and values; views of a cache are fine.
         scale: None for 1 / sqrt(D).
         impl: one of IMPLS; None for the fastest that was measured on the device and can run here, else the best
-            installed dense kernel (FlashAttention and PyTorch's copy of it split the keys where the queries are few).
+            installed dense kernel. FlashAttention and `triton` split the keys where queries are few.
         key_ranges: disjoint (start, end) rows of k and v that the chunk sees, such as sink and window; None for all.
             `triton` reads at most two in place, the others gather several.
     Returns:

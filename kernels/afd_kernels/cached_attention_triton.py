@@ -6,14 +6,13 @@ second almost empty. Splitting the keys fills them. Forward only: rollouts take 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from afd_kernels.attention_plans import choose_plan, compute_capability
+from afd_kernels.attention_plans import choose_plan, choose_splits, compute_capability, processors
 from afd_kernels.block_causal_attention_triton import (
     allow_descriptors,
     check_support,
@@ -23,28 +22,6 @@ from afd_kernels.block_causal_attention_triton import (
 )
 from afd_kernels.launching import device_guard
 from afd_kernels.layout import Range
-
-MAX_SPLITS = 8
-
-
-def choose_splits(programs: int, key_tiles: int, processors: int) -> int:
-    """Fewest splits that keep the processors within 10 % of as busy as any number of splits could.
-
-    Args:
-        programs: query tiles x batch x heads, without splitting.
-        key_tiles: key tiles each of them walks; a split gets at least two.
-        processors: of the device.
-    Returns:
-        1 to MAX_SPLITS.
-    """
-    most = max(1, min(MAX_SPLITS, key_tiles // 2))
-    busy = [programs * s / (-(-programs * s // processors) * processors) for s in range(1, most + 1)]
-    return next(s for s, share in enumerate(busy, 1) if share >= 0.9 * max(busy))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def cached_attention_triton(
@@ -84,7 +61,7 @@ def cached_attention_triton(
     tiles = usable_tiles(plan, "cached", q, k, v)
     key_tiles = sum(-(-(end - start) // tiles.block_n) for start, end in ranges)
     query_tiles = -(-rows // tiles.block_m)
-    wanted = splits or choose_splits(query_tiles * slices, key_tiles, _processors(q.device))
+    wanted = splits or choose_splits(query_tiles * slices, key_tiles, processors(q.device))
     per_split = -(-key_tiles // wanted)
     splits = -(-key_tiles // per_split)  # no empty split
     first, second = (*ranges, (0, 0))[:2]

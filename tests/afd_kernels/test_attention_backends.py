@@ -88,6 +88,9 @@ def dense(q, k, v, scale):
     return packed(flat_q, flat_k, flat_v, starts_q, starts_k, q.shape[1], k.shape[1], scale).view_as(q)
 
 
+SPLITS: list[int] = []
+
+
 # The leading parameters of flash-attn 2.8 and of the `hopper` interface; the rest have defaults that are left alone.
 def flash2_dense(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
     assert (dropout_p, causal) == (0.0, False)
@@ -102,8 +105,9 @@ def flash2_varlen(
     return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
 
 
-def flash3_dense(q, k, v, softmax_scale=None, causal=False):
+def flash3_dense(q, k, v, softmax_scale=None, causal=False, num_splits=1):
     assert causal is False
+    SPLITS.append(num_splits)
     return dense(q, k, v, softmax_scale), torch.zeros(())
 
 
@@ -202,6 +206,17 @@ def test_cached_attention_calls_every_library(impl):
     ranges = ((0, 2), (5, 9))
     expected = cached_attention(q, k, v, impl="reference", key_ranges=ranges)
     torch.testing.assert_close(cached_attention(q, k, v, impl=impl, key_ranges=ranges), expected)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("impl", ["flash3", "hub3"])
+@pytest.mark.parametrize(("queries", "expected"), [(1560, 3), (4680, 1)])
+def test_version_3_is_told_to_split_the_keys_where_queries_are_few(monkeypatch, impl, queries, expected):
+    monkeypatch.setattr(block_causal_attention_backends, "processors", lambda device: 132)
+    SPLITS.clear()
+    q, k = (torch.zeros(1, 12, rows, 1, dtype=torch.float64) for rows in (queries, 1024))
+    cached_attention(q, k, k, impl=impl)
+    assert [expected] == SPLITS
 
 
 @pytest.mark.usefixtures("installed")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from afd_kernels import BlockCausalLayout, block_causal_attention, cached_attention
-from afd_kernels.cached_attention_triton import choose_splits
+from afd_kernels.attention_plans import choose_splits
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa", None])

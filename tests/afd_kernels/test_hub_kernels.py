@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def flash_attn_func(q, k, v, {first}softmax_scale=None, causal=False):
+def flash_attn_func(q, k, v, {first}softmax_scale=None, causal=False{last}):
     assert not causal
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, scale=softmax_scale).transpose(1, 2)
@@ -58,7 +58,8 @@ def local_kernels(tmp_path):
     for backend, (repository, version) in HUB_KERNELS.items():
         folder = tmp_path / backend / "build" / "torch-universal"
         folder.mkdir(parents=True)
-        (folder / "__init__.py").write_text(KERNEL.format(first="dropout_p=0.0, " if backend == "hub2" else ""))
+        first, last = ("dropout_p=0.0, ", "") if backend == "hub2" else ("", ", num_splits=1")
+        (folder / "__init__.py").write_text(KERNEL.format(first=first, last=last))
         name = repository.split("/")[1]
         metadata = {"id": f"{name}_{version}".replace("-", "_"), "name": name, "version": version}
         metadata |= {"license": "Apache-2.0", "python-depends": [], "backend": {"type": "cpu"}}
