@@ -81,21 +81,21 @@ def measured_order(operation: str, device: str, capability: int, dtype: str) -> 
 
 
 def default_impl(
-    operation: str, device: torch.device, dtype: torch.dtype, is_usable: Callable[[str], bool], fallback: str
+    operation: str, device: torch.device, dtype: torch.dtype, check: Callable[[str], None], fallback: str
 ) -> str:
     """The implementation of an operation on a device in a dtype; each choice is logged once.
 
     Args:
         operation: as in the table.
         device, dtype: of its inputs.
-        is_usable: whether an implementation is installed and takes the inputs.
+        check: raises ValueError or ImportError for an implementation that is not installed or cannot take the inputs.
         fallback: where nothing measured is usable.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     capability = compute_capability(device) if device.type == "cuda" else 0
     number = str(dtype).removeprefix("torch.")
     measured_on, order = measured_order(operation, name, capability, number)
-    impl = next(filter(is_usable, order), None)
+    impl = next((each for each in order if _passes(check, each)), None)
     reason = f"fastest of those measured on {measured_on} that can run here"
     if impl is None:
         impl, reason = fallback, f"not measured on {name} in {number}: the library kernel, the safe choice"
@@ -103,3 +103,11 @@ def default_impl(
         _LOGGED.add((operation, name, impl))
         logger.info("%s runs impl=%s on %s (%s)", operation, impl, name, reason)
     return impl
+
+
+def _passes(check: Callable[[str], None], impl: str) -> bool:
+    try:
+        check(impl)
+    except (ValueError, ImportError):
+        return False
+    return True

@@ -109,15 +109,9 @@ def check_impl(impl: str, device: torch.device, dtype: torch.dtype, head_dim: in
 def _default(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     from afd_kernels.block_causal_attention_backends import best_dense_backend
 
-    def is_usable(impl: str) -> bool:
-        try:
-            check_impl(impl, device, dtype, head_dim)
-        except (ValueError, ImportError):
-            return False
-        return True
-
     fallback = f"chunks:{best_dense_backend(device, dtype)}"
-    return default_impl("block_causal_attention", device, dtype, is_usable, fallback)
+    check = functools.partial(check_impl, device=device, dtype=dtype, head_dim=head_dim)
+    return default_impl("block_causal_attention", device, dtype, check, fallback)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout) -> None:

@@ -81,6 +81,7 @@ def check_usable(backend: str, choices: tuple[str, ...], device: torch.device, d
         _library(backend)
 
 
+@functools.cache
 def _library(backend: str) -> Any:
     """The module of a library that is installed.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from afd_kernels.dispatch import wants_grad
 from afd_kernels.layout import BlockCausalLayout, Range
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
@@ -100,7 +101,7 @@ def block_causal_attention_chunks(
     Returns:
         [B, heads, N, D] in q's dtype and strides.
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if wants_grad(q, k, v):
         return _ChunkLoop.apply(q, k, v, layout, dense, scale)  # pyright: ignore[reportReturnType]
     out = torch.empty_like(q)
     for strip in layout.strips:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd_kernels.dispatch import wants_grad
 from afd_kernels.layout import BlockCausalLayout
 
 FLEX_NEEDS_CUDA = "impl='flex' has no backward on CPU; use impl='chunks' or 'reference'"
@@ -47,6 +48,6 @@ def block_causal_attention_flex(
     Raises:
         ValueError: gradients are wanted on CPU.
     """
-    if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if not q.is_cuda and wants_grad(q, k, v):
         raise ValueError(FLEX_NEEDS_CUDA)
     return _flex_attention(q.is_cuda)(q, k, v, block_mask=_block_mask(layout, q.device), scale=scale)

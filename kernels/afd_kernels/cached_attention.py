@@ -14,6 +14,7 @@ from torch import Tensor
 
 from afd_kernels.attention_defaults import default_impl
 from afd_kernels.block_causal_attention_reference import dense_attention_reference
+from afd_kernels.dispatch import wants_grad
 from afd_kernels.layout import Range
 
 IMPLS = ("reference", "sdpa", "flash3", "flash2", "cudnn", "hub3", "hub2", "triton")
@@ -45,8 +46,7 @@ def cached_attention(
         ImportError: the implementation is not installed; the text says how to install it.
     """
     ranges = _check(q, k, v, key_ranges)
-    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    chosen = impl or _default(q.device, q.dtype, q.shape[-1], len(ranges), wants_grad)
+    chosen = impl or _default(q.device, q.dtype, q.shape[-1], len(ranges), wants_grad(q, k, v))
     if chosen not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if chosen == "triton":
@@ -63,22 +63,18 @@ def cached_attention(
 
 
 @functools.cache
-def _default(device: torch.device, dtype: torch.dtype, head_dim: int, num_ranges: int, wants_grad: bool) -> str:
+def _default(device: torch.device, dtype: torch.dtype, head_dim: int, num_ranges: int, has_grad: bool) -> str:
     from afd_kernels import block_causal_attention_backends as backends
-    from afd_kernels.block_causal_attention_triton import check_support
+    from afd_kernels.cached_attention_triton import check_cached_support
 
-    def is_usable(name: str) -> bool:
-        try:
-            if name == "triton":
-                check_support(device, dtype, head_dim)
-                return num_ranges <= 2 and not wants_grad
+    def check(name: str) -> None:
+        if name == "triton":
+            check_cached_support(device, dtype, head_dim, num_ranges, has_grad)
+        else:
             backends.check_usable(name, backends.DENSE_BACKENDS, device, dtype)
-        except (ValueError, ImportError):
-            return False
-        return True
 
     fallback = backends.best_dense_backend(device, dtype)
-    return default_impl("cached_attention", device, dtype, is_usable, fallback)
+    return default_impl("cached_attention", device, dtype, check, fallback)
 
 
 def _rows(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:

@@ -20,8 +20,24 @@ from afd_kernels.block_causal_attention_triton import (
     scale_of,
     usable_tiles,
 )
+from afd_kernels.dispatch import wants_grad
 from afd_kernels.launching import device_guard
 from afd_kernels.layout import Range
+
+
+def check_cached_support(
+    device: torch.device, dtype: torch.dtype, head_dim: int, num_ranges: int, has_grad: bool
+) -> None:
+    """Check that the kernels run on such inputs.
+
+    Raises:
+        ValueError: more than two ranges, gradients wanted, or inputs the kernels cannot take.
+    """
+    if num_ranges > 2:
+        raise ValueError(f"impl='triton' takes one or two key ranges, got {num_ranges}")
+    if has_grad:
+        raise ValueError("impl='triton' of cached_attention has no backward; use impl='sdpa' or torch.no_grad()")
+    check_support(device, dtype, head_dim)
 
 
 def cached_attention_triton(
@@ -48,11 +64,7 @@ def cached_attention_triton(
     """
     from afd_kernels.cached_attention_kernels import join_kernel, split_kernel
 
-    if len(ranges) > 2:
-        raise ValueError(f"impl='triton' takes one or two key ranges, got {len(ranges)}")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("impl='triton' of cached_attention has no backward; use impl='sdpa' or torch.no_grad()")
-    check_support(q.device, q.dtype, q.shape[-1])
+    check_cached_support(q.device, q.dtype, q.shape[-1], len(ranges), wants_grad(q, k, v))
     factor = scale_of(q, scale)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, heads, rows, head_dim = q.shape

@@ -52,6 +52,11 @@ def resolve_impl(op: str, impl: str | None, tensor: Tensor, choices: Sequence[st
     return chosen
 
 
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether autograd is to go through an operation on the tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ from afd_kernels.block_causal_attention_backends import (
     DENSE_BACKENDS,
     HUB_KERNELS,
     VARLEN_BACKENDS,
+    _library,
     _loads,
     best_dense_backend,
     best_varlen_backend,
@@ -132,7 +133,7 @@ def module(name: str, **members: Any) -> ModuleType:
 
 
 def forget_what_is_installed() -> None:
-    for cached in (is_installed, _loads, dense_backend, varlen_backend):
+    for cached in (is_installed, _library, _loads, dense_backend, varlen_backend):
         cached.cache_clear()
 
 

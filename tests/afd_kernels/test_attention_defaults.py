@@ -44,13 +44,19 @@ def test_an_order_is_the_devices_own_or_that_of_its_kind(table):
 
 def test_the_fastest_that_can_run_is_taken_and_said_once(table, caplog):
     cpu = torch.device("cpu")
+
+    def only_reference(impl):
+        if impl != "reference":
+            raise ValueError(impl)
+
+    def nothing(impl):
+        raise ImportError(impl)
+
     with caplog.at_level("INFO"):
         for _ in range(2):
-            assert (
-                default_impl(OPERATION, cpu, torch.float32, lambda impl: impl == "reference", "chunks") == "reference"
-            )
-        assert default_impl(OPERATION, cpu, torch.float32, lambda impl: False, "chunks") == "chunks"
-        assert default_impl(OPERATION, cpu, torch.float64, lambda impl: True, "sdpa") == "sdpa"
+            assert default_impl(OPERATION, cpu, torch.float32, only_reference, "chunks") == "reference"
+        assert default_impl(OPERATION, cpu, torch.float32, nothing, "chunks") == "chunks"
+        assert default_impl(OPERATION, cpu, torch.float64, lambda impl: None, "sdpa") == "sdpa"
     assert [record.message.removeprefix("block_causal_attention runs ") for record in caplog.records] == [
         "impl=reference on cpu (fastest of those measured on cpu that can run here)",
         "impl=chunks on cpu (not measured on cpu in float32: the library kernel, the safe choice)",

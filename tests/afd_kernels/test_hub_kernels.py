@@ -16,6 +16,10 @@ from afd_kernels.block_causal_attention_backends import HUB_KERNELS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / ".venv-hub"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PACKAGE.is_dir(), reason="make test-slow installs the package `kernels`"),
+]
 KERNEL = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -75,16 +79,12 @@ def attend(*impls: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not PACKAGE.is_dir(), reason="make test-slow installs the package `kernels`")
 def test_the_real_package_loads_both_kernels_by_repository_and_version(local_kernels):
     impls = [f"{name}:{backend}" for name in ("chunks", "varlen") for backend in HUB_KERNELS]
     result = attend(*impls, LOCAL_KERNELS=local_kernels)
     assert result.stdout.endswith("same\n"), result.stderr[-3000:]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not PACKAGE.is_dir(), reason="make test-slow installs the package `kernels`")
 def test_a_kernel_that_cannot_be_downloaded_says_so(tmp_path):
     result = attend("chunks:hub3", HF_HOME=str(tmp_path))
     assert "ImportError: attention backend 'hub3' is installed but does not load: " in result.stderr
